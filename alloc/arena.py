@@ -1,0 +1,429 @@
+"""The arena: all memory of the filesystem, and the calls that hand it out.
+
+One anonymous mapping. `alloc_folio` and `Slab.alloc` return what was asked for; they may wait, in
+FIFO order, and never fail. The fast path is one jitted call and does not touch trio; the slow path
+takes a ticket, wakes kswapd, reclaims on its own behalf, wakes the cleaners, and sleeps until a
+free serves it.
+
+A request that could never be served (an order above 10, a size that is no slab size) is a mistake
+in the program and raises ValueError at once. The try_* spellings exist for callers that said with
+a gfp flag that they can do with less.
+
+Freeing wakes: every path that gives memory back looks whether somebody waits. Frees on the trio
+thread serve at once, frees on other threads post to the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import trio
+from numpy.typing import DTypeLike, NDArray
+
+from alloc import buddy, check, slab
+from alloc import gfp as gfp_flags
+from alloc.gfp import FAILABLE, KERNEL, MEMALLOC, NOFS, NOWAIT, ZERO, current_scope
+from alloc.libc import zero
+from alloc.lru import Lru
+from alloc.page import (
+    NR_WORDS,
+    ORDER_MAX,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    S_OBJECTS,
+    S_SHIFT,
+    S_SLABS,
+    SLAB_CACHES,
+    SLAB_WORDS,
+    W_FREE,
+    W_HIGH,
+    W_LOW,
+    W_MIN,
+    W_PAGES,
+    W_SLAB,
+    W_WAITERS,
+    Buddy,
+    Slabs,
+    make_pages,
+)
+from alloc.reclaim import Reclaim
+from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
+from alloc.vmstat import VmStat, buddyinfo, meminfo
+from alloc.wait import Key, Ticket, WaitQueue
+from alloc.watermarks import Watermarks, watermarks
+
+log = logging.getLogger("nofailfs.alloc")
+
+MEMORY_MIN = 8 << 20
+STALL_S = 2.0
+SLAB_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _queued_rights(gfp: int) -> int:
+    """What a waiting request may take of the reserve."""
+    if gfp & MEMALLOC:
+        return buddy.RIGHTS_ALL | buddy.RIGHTS_QUEUED
+    if gfp & NOFS:
+        return buddy.RIGHTS_HALF | buddy.RIGHTS_QUEUED
+    return buddy.RIGHTS_MIN | buddy.RIGHTS_QUEUED
+
+
+class Arena:
+    """`memory_bytes` of memory (a multiple of 4096, from 8 MiB) and everything that manages it."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        if memory_bytes < MEMORY_MIN:
+            raise ValueError(f"memory of {memory_bytes} bytes: at least 8 MiB are needed")
+        if memory_bytes % PAGE_SIZE:
+            raise ValueError(f"memory of {memory_bytes} bytes: not a multiple of {PAGE_SIZE}")
+        self.memory_bytes = memory_bytes
+        self.nr_pages = memory_bytes >> PAGE_SHIFT
+        self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.mem: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self.pages = pages = make_pages(self.nr_pages)
+        self.words = np.zeros(NR_WORDS, dtype=np.int64)
+        self.marks: Watermarks = watermarks(self.nr_pages)
+        self.words[W_PAGES] = self.nr_pages
+        self.words[[W_MIN, W_LOW, W_HIGH]] = self.marks
+        self.buddy = Buddy(
+            self.words, pages.flags, pages.order, pages.refs, pages.lru_next, pages.lru_prev
+        )
+        bitmaps = (pages.private, pages.index.view(np.uint64))
+        self.slabs = Slabs(*self.buddy, pages.mapping, *bitmaps)
+        buddy.build_free_lists(*self.buddy)
+        assert self.free_pages == self.nr_pages - 1
+        self.vmstat = VmStat(self.words)
+        self.queue = WaitQueue(self._waiters_changed)
+        self.reclaim = Reclaim(self.words, self.vmstat, lambda: len(self.queue))
+        self.lru = Lru(
+            self.buddy,
+            self.vmstat,
+            self.put_folio,
+            self._wanted_order,
+            lambda: self.reclaim.who,
+        )
+        self._slab_caches: dict[str, Slab] = {}
+        self._last_report = -STALL_S
+        self.closed = False
+
+    # ---------------------------------------------------------------- folios
+
+    async def alloc_folio(self, order: int, gfp: int = KERNEL) -> int:
+        """A folio of 2^order pages with one reference; its pfn. Contents undefined without ZERO."""
+        if not 0 <= order <= ORDER_MAX:
+            raise ValueError(f"a folio of order {order}: orders are 0 to {ORDER_MAX}")
+        gfp |= current_scope()
+        assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc_folio"
+        rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
+        pfn: int = buddy.alloc_pages(*self.buddy, order, rights)
+        if pfn <= 0:
+            if pfn:
+                self.reclaim.wake_kswapd()
+                pfn = -pfn
+            else:
+                pfn = await self._wait_for_folio(order, gfp)
+        if gfp & ZERO:
+            zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
+        return pfn
+
+    def try_alloc_folio(self, order: int, gfp: int) -> int | None:
+        """A folio if it can be had without waiting, as far as NOWAIT, NORETRY or MAYFAIL go."""
+        if not 0 <= order <= ORDER_MAX:
+            raise ValueError(f"a folio of order {order}: orders are 0 to {ORDER_MAX}")
+        gfp |= current_scope()
+        assert gfp & FAILABLE, "a request that may fail says how hard to try"
+        rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
+        pfn = self._try(lambda: self._take_folio(order, rights), gfp)
+        if pfn and gfp & ZERO:
+            zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
+        return pfn or None
+
+    def get_folio(self, pfn: int) -> None:
+        """One more reference to the folio with head page `pfn`."""
+        before = buddy.get_page(*self.buddy, pfn)
+        assert before > 0, f"page {pfn} is not the head of an allocated folio"
+
+    def try_get_folio(self, pfn: int) -> bool:
+        """One more reference unless the last one is gone; for lookups that hold no lock."""
+        return bool(buddy.try_get_page(*self.buddy, pfn))
+
+    def put_folio(self, pfn: int) -> bool:
+        """Drop a reference; True when it was the last one and the folio was freed."""
+        code = buddy.put_page(*self.buddy, pfn)
+        if code == buddy.STILL_USED:
+            return False
+        assert code != buddy.NOT_ALLOCATED, f"page {pfn} is not the head of an allocated folio"
+        assert code != buddy.FREED_WHILE_BUSY, (
+            f"folio {pfn} freed with flags {int(self.pages.flags[pfn]):#x}"
+        )
+        if code == buddy.FREED_AND_WAITERS:
+            self.queue.serve_soon()
+        return True
+
+    def folio_head(self, pfn: int) -> int:
+        """Head page of the allocated block that `pfn` lies in."""
+        return pfn & -(1 << int(self.pages.order[pfn]))
+
+    def _take_folio(self, order: int, rights: int) -> int:
+        """The jitted allocator with kswapd's wake-up; 0 when it would block."""
+        pfn: int = buddy.alloc_pages(*self.buddy, order, rights)
+        if pfn < 0:
+            self.reclaim.wake_kswapd()
+        return abs(pfn)
+
+    async def _wait_for_folio(self, order: int, gfp: int) -> int:
+        rights = _queued_rights(gfp)
+        return await self._wait(
+            f"order:{order}",
+            ("folio", order, rights),
+            lambda: self._take_folio(order, rights),
+            lambda pfn: self.put_folio(pfn),
+            gfp,
+        )
+
+    # ---------------------------------------------------------------- slabs
+
+    def slab(self, name: str, dtype: DTypeLike) -> Slab:
+        """The cache of objects of this record type; made on first use, one per name."""
+        kind = np.dtype(dtype)
+        known = self._slab_caches.get(name)
+        if known is not None:
+            assert known.dtype == kind, f"slab {name} has another type"
+            return known
+        if kind.itemsize not in SLAB_SIZES:
+            raise ValueError(f"slab {name}: {kind.itemsize} bytes is not one of {SLAB_SIZES}")
+        number = len(self._slab_caches)
+        assert number < SLAB_CACHES, "out of slab caches: raise SLAB_CACHES"
+        cache = self._slab_caches[name] = Slab(self, name, number, kind)
+        return cache
+
+    @property
+    def slab_caches(self) -> tuple[Slab, ...]:
+        return tuple(self._slab_caches.values())
+
+    # ---------------------------------------------------------------- reclaim
+
+    def register_shrinker(
+        self, shrinker: Shrinker, seeks: int = DEFAULT_SEEKS, batch: int = SHRINK_BATCH
+    ) -> None:
+        """A cache that gives memory back on demand; called in the order of registration."""
+        self.reclaim.register_shrinker(shrinker, seeks, batch)
+
+    def unregister_shrinker(self, shrinker: Shrinker) -> None:
+        self.reclaim.unregister_shrinker(shrinker)
+
+    def register_cleaner(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when clean memory runs short; it starts write-back and returns."""
+        self.reclaim.register_cleaner(wake)
+
+    async def kswapd(self) -> None:
+        """Background reclaim; run it in the volume's nursery, cancel it at the end."""
+        await self.reclaim.kswapd()
+
+    def kick(self) -> None:
+        """Something became reclaimable (an I/O ended, a lock was dropped): waiters try again.
+
+        Call it on the trio thread. Costs nothing when nobody waits.
+        """
+        if self.queue or self.free_pages < self.marks.low:
+            self.queue.serve()
+            self.reclaim.kick()
+            self.queue.nudge(everyone=not self.reclaim.kswapd_running)
+
+    # ---------------------------------------------------------------- reports
+
+    @property
+    def free_pages(self) -> int:
+        return int(self.words[W_FREE])
+
+    def meminfo(self) -> dict[str, int]:
+        """Sizes in KiB under the names of /proc/meminfo."""
+        return meminfo(self.words, self.vmstat)
+
+    def buddyinfo(self) -> str:
+        """Free blocks per order, as /proc/buddyinfo prints them."""
+        return buddyinfo(self.words)
+
+    def check(self) -> None:
+        """Validate every structure; AssertionError says what is wrong.
+
+        Cost: about 1 us a page (a quarter second for 1 GiB). No other thread may be allocating.
+        """
+        check.check(self)
+
+    def close(self) -> None:
+        """Release the memory. Views that others still hold read zeros and keep only addresses."""
+        if self.closed:
+            return
+        assert not self.queue, "the arena is closed while tasks wait for memory"
+        self.closed = True
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    # ---------------------------------------------------------------- slow path
+
+    def _wanted_order(self) -> int:
+        """The order of the oldest request that waits for a folio; 0 when there is none."""
+        for ticket in self.queue.tickets():
+            if ticket.key[0] == "folio":
+                return ticket.key[1]
+        return 0
+
+    def _waiters_changed(self, length: int) -> None:
+        self.words[W_WAITERS] = length
+
+    def _try(self, attempt: Callable[[], int], gfp: int) -> int:
+        """An attempt and as much reclaim as the request allows; 0 when it was not enough."""
+        got = attempt()
+        if got:
+            return got
+        self.reclaim.wake_kswapd()
+        if not gfp & NOWAIT:
+            if gfp & gfp_flags.NORETRY:
+                self.reclaim.light_round(gfp)
+                got = attempt()
+            else:
+                held: list[int] = []
+
+                def satisfied() -> bool:
+                    held.append(attempt())
+                    return held[-1] != 0
+
+                self.reclaim.full_round(gfp, satisfied)
+                got = held[-1] if held else 0
+        if not got:
+            self.vmstat.add("try_alloc_failed")
+        return got
+
+    async def _wait(
+        self,
+        what: str,
+        key: Key,
+        attempt: Callable[[], int],
+        undo: Callable[[int], Any],
+        gfp: int,
+    ) -> int:
+        """The slow path: a ticket, reclaim, sleep; until served. Cancellation gives it all back."""
+        task = trio.lowlevel.current_task().name
+        ticket = self.queue.join(f"{task} {what} mode:{gfp_flags.describe(gfp)}", key, attempt)
+        self.vmstat.add("alloc_waits")
+        self.vmstat.add("allocstall_normal")
+        try:
+            self.queue.serve()
+            report_at = STALL_S
+            while not ticket.value:
+                self.reclaim.wake_kswapd()
+                await self.reclaim.direct(gfp, lambda: self._served(ticket))
+                if not ticket.value:
+                    self.reclaim.wake_cleaners()
+                    report_at = await self._sleep(ticket, report_at)
+        except BaseException:
+            self.queue.leave(ticket)
+            if ticket.value:
+                undo(ticket.value)
+            raise
+        return ticket.value
+
+    def _served(self, ticket: Ticket) -> bool:
+        if not ticket.value:
+            self.queue.serve()
+        return ticket.value != 0
+
+    async def _sleep(self, ticket: Ticket, report_at: float) -> float:
+        """Park once; reports a stall that has lasted `report_at` seconds, then doubles it."""
+        waited = trio.current_time() - ticket.since
+        await self.queue.park(ticket, max(report_at - waited, 0.001))
+        waited = trio.current_time() - ticket.since
+        if ticket.value or waited < report_at:
+            return report_at
+        self._report_stall()
+        return report_at * 2
+
+    def _report_stall(self) -> None:
+        """One line for all who wait, at most one in two seconds."""
+        now = trio.current_time()
+        if 0 <= now - self._last_report < STALL_S:
+            return
+        self._last_report = now
+        self.vmstat.add("alloc_stall_reports")
+        waiters = ", ".join(f"{t.name} ({now - t.since:.1f}s)" for t in self.queue.tickets())
+        log.warning(
+            "possible memory allocation deadlock: free %d min %d of %d pages; waiting: %s",
+            self.free_pages,
+            self.marks.min,
+            self.nr_pages,
+            waiters,
+        )
+
+
+class Slab:
+    """One slab cache. `table` is the arena as an array of the record type."""
+
+    def __init__(self, arena: Arena, name: str, number: int, dtype: np.dtype[Any]) -> None:
+        self.arena = arena
+        self.name = name
+        self.number = number
+        self.dtype = dtype
+        self.size = dtype.itemsize
+        self.table: NDArray[Any] = arena.mem.view(dtype)
+        self._at = W_SLAB + number * SLAB_WORDS
+        arena.words[self._at + S_SHIFT] = self.size.bit_length() - 1
+        assert self.size == 1 << int(arena.words[self._at + S_SHIFT])
+
+    async def alloc(self, gfp: int = KERNEL) -> int:
+        """A zeroed object; its index in `table`. Never fails."""
+        gfp |= current_scope()
+        assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc"
+        arena = self.arena
+        rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
+        i: int = slab.slab_alloc(*arena.slabs, arena.mem, self.number, rights)
+        if i > 0:
+            return i
+        if i < 0:
+            arena.reclaim.wake_kswapd()
+            return -i
+        rights = _queued_rights(gfp)
+        return await arena._wait(
+            f"slab:{self.name}",
+            ("slab", self.number, rights),
+            lambda: self._take(rights),
+            self.free,
+            gfp,
+        )
+
+    def try_alloc(self, gfp: int) -> int | None:
+        """An object if it can be had without waiting, as far as NOWAIT, NORETRY, MAYFAIL go."""
+        gfp |= current_scope()
+        assert gfp & FAILABLE, "a request that may fail says how hard to try"
+        rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
+        return self.arena._try(lambda: self._take(rights), gfp) or None
+
+    def _take(self, rights: int) -> int:
+        arena = self.arena
+        i: int = slab.slab_alloc(*arena.slabs, arena.mem, self.number, rights)
+        if i < 0:
+            arena.reclaim.wake_kswapd()
+        return abs(i)
+
+    def free(self, i: int) -> None:
+        """Give object `i` back."""
+        code = slab.slab_free(*self.arena.slabs, self.number, i)
+        assert code != slab.NOT_OF_THIS_CACHE, f"object {i} is not one of slab {self.name}"
+        assert code != slab.FREE_ALREADY, f"object {i} of slab {self.name} is freed twice"
+        if code == buddy.FREED_AND_WAITERS:
+            self.arena.queue.serve_soon()
+
+    def addr(self, i: int) -> int:
+        """Byte offset of object `i` in the arena."""
+        return i * self.size
+
+    @property
+    def nr_objects(self) -> int:
+        return int(self.arena.words[self._at + S_OBJECTS])
+
+    @property
+    def nr_slabs(self) -> int:
+        return int(self.arena.words[self._at + S_SLABS])

@@ -1,0 +1,123 @@
+"""The one place where numba is configured: flags, cache directory, registry and warm-up.
+
+`kernel(signature)` marks an entry point that Python calls; the signature is compulsory because
+warm-up compiles from it, so that no request ever waits for a compiler. `helper` marks a function
+that only kernels call. Both are plain nopython functions that release the GIL; no jitclass.
+
+Signatures are numba's short strings ("i8(u1[::1], i8)") or, where an argument is a NamedTuple of
+arrays that no string can name, a callable that returns the tuple of argument types or sample
+values. It is evaluated at warm-up.
+
+numba does not notice that a function in *another* module changed, so the cache directory is
+keyed by a hash of every source that holds kernels, together with the versions and the CPU.
+`NOFAILFS_CACHE_DIR` overrides it. One process warms at a time (a file lock): concurrent writers
+of one cache have crashed in numba.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba import typeof
+from numba.core import config, sigutils, types
+
+ROOMS = ("alloc", "writeback", "fs")
+FLAGS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+DISABLED = bool(config.DISABLE_JIT)
+
+Signature = str | Callable[[], tuple[Any, ...]]
+
+
+def _hash_sources() -> str:
+    """Hash of all kernel sources, numba's and llvmlite's versions and the CPU."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            text = path.read_bytes()
+            if b"alloc.jit" in text or b"alloc.atomic" in text or room == "alloc":
+                digest.update(path.name.encode())
+                digest.update(text)
+    for word in (numba.__version__, llvmlite.__version__, platform.python_version(), _cpu_name()):
+        digest.update(word.encode())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_name() -> str:
+    import llvmlite.binding as llvm
+
+    return str(llvm.get_host_cpu_name())
+
+
+def cache_dir() -> Path:
+    """Directory of the compiled kernels that belong to exactly these sources."""
+    override = os.environ.get("NOFAILFS_CACHE_DIR")
+    if override:
+        return Path(override)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "nofailfs" / _hash_sources()
+
+
+config.CACHE_DIR = str(cache_dir())
+registry: list[tuple[Any, Signature]] = []
+
+
+def kernel(signature: Signature) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate an entry point called from Python."""
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**FLAGS)(function)
+        registry.append((dispatcher, signature))
+        return dispatcher
+
+    return wrap
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """Decorate a function that only kernels call."""
+    return numba.njit(**FLAGS)(function)
+
+
+def _argument_types(signature: Signature) -> tuple[Any, ...]:
+    if callable(signature):
+        return tuple(a if isinstance(a, types.Type) else typeof(a) for a in signature())
+    args, _ = sigutils.normalize_signature(signature)
+    return tuple(args)
+
+
+@contextmanager
+def _one_warmer() -> Iterator[None]:
+    directory = cache_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "warm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def warm(progress: Callable[[int, int], None] | None = None) -> int:
+    """Compile or load every registered kernel; returns how many there are.
+
+    `progress(done, total)` is called before each one. Raises RuntimeError naming the kernel that
+    does not compile: a bug, never a condition of the machine.
+    """
+    if DISABLED:
+        return 0
+    with _one_warmer():
+        for done, (dispatcher, signature) in enumerate(registry):
+            if progress is not None:
+                progress(done, len(registry))
+            try:
+                dispatcher.compile(_argument_types(signature))
+            except Exception as error:
+                name = f"{dispatcher.__module__}.{dispatcher.__name__}"
+                raise RuntimeError(f"kernel {name} {signature} does not compile") from error
+    return len(registry)

@@ -1,0 +1,356 @@
+"""The LRU lists, active and inactive, of page cache folios.
+
+A folio is on a list exactly when its head has LRU; ACTIVE says which. Links are the descriptors'
+lru_next/lru_prev; folios enter at the head, reclaim takes from the inactive tail, and a second
+touch on the inactive list activates (`mark_accessed`). When the inactive list is the shorter one,
+`age` moves folios from the active tail to the inactive head.
+
+`isolate` takes folios off the inactive list with a reference each, so that two reclaimers never
+look at the same one and none is freed under their eyes; whoever isolates must `putback` each
+folio, or remove it from its cache and drop the reference. The lists themselves hold none: the
+last put takes a folio off its list.
+
+While a request for a larger block waits, isolating is lumpy: with the folio at the tail come all
+folios of the aligned block around it, active ones too, unless something in the block can not be
+evicted at all. Sizes are counted in pages. One lock, held for one batch at most.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from alloc.atomic import (
+    compare_exchange_acq_rel,
+    fetch_and_acq_rel,
+    fetch_or_acq_rel,
+    load_acquire,
+    spin_lock,
+    spin_unlock,
+)
+from alloc.jit import helper, kernel
+from alloc.page import (
+    ACTIVE,
+    BUDDY,
+    HEAD,
+    LRU,
+    LRU_HEAD,
+    LRU_PAGES,
+    LRU_STRIDE,
+    LRU_TAIL,
+    ORDER_MAX,
+    REFERENCED,
+    W_LRU,
+    W_LRU_LOCK,
+    W_PAGES,
+    Buddy,
+)
+from alloc.vmstat import VmStat
+
+BATCH_MAX = 1 << ORDER_MAX
+BUDDY_ARGS = "i8[::1], u4[::1], u1[::1], i4[::1], u4[::1], u4[::1]"
+
+# what `lru_move` does
+ADD = 0  # to the head of the list that ACTIVE names
+REMOVE = 1
+ACTIVATE = 2  # to the head of the active list
+DEACTIVATE = 3  # to the head of the inactive list
+ROTATE = 4  # to the tail of the inactive list: next to be reclaimed
+
+DONE = 1
+NOTHING = 0
+NOT_A_FOLIO = -1
+
+
+@helper
+def try_get(b, pfn):
+    """Add a reference unless there is none left; whether it was added."""
+    while True:
+        refs = load_acquire(b.refs, pfn)
+        if refs <= 0:
+            return False
+        if compare_exchange_acq_rel(b.refs, pfn, refs, refs + 1):
+            return True
+
+
+@helper
+def _list_of(b, pfn):
+    """Index in `words` of the list a folio belongs to by its ACTIVE flag."""
+    if b.flags[pfn] & ACTIVE != 0:
+        return W_LRU + LRU_STRIDE
+    return W_LRU
+
+
+@helper
+def unlink_lru(b, pfn):
+    """Under the LRU lock: take a folio off the list it is on."""
+    at = _list_of(b, pfn)
+    after = np.int64(b.lru_next[pfn])
+    before = np.int64(b.lru_prev[pfn])
+    if after != 0:
+        b.lru_prev[after] = before
+    else:
+        b.words[at + LRU_TAIL] = before
+    if before != 0:
+        b.lru_next[before] = after
+    else:
+        b.words[at + LRU_HEAD] = after
+    b.words[at + LRU_PAGES] -= 1 << np.int64(b.order[pfn])
+    b.lru_next[pfn] = 0
+    b.lru_prev[pfn] = 0
+    fetch_and_acq_rel(b.flags, pfn, 0xFFFFFFFF ^ LRU)
+
+
+@helper
+def _link_lru(b, pfn, at_tail):
+    """Under the LRU lock: put a folio at an end of the list that ACTIVE names."""
+    at = _list_of(b, pfn)
+    head = b.words[at + LRU_HEAD]
+    tail = b.words[at + LRU_TAIL]
+    if at_tail:
+        b.lru_prev[pfn] = tail
+        b.lru_next[pfn] = 0
+        b.words[at + LRU_TAIL] = pfn
+        if tail != 0:
+            b.lru_next[tail] = pfn
+        else:
+            b.words[at + LRU_HEAD] = pfn
+    else:
+        b.lru_next[pfn] = head
+        b.lru_prev[pfn] = 0
+        b.words[at + LRU_HEAD] = pfn
+        if head != 0:
+            b.lru_prev[head] = pfn
+        else:
+            b.words[at + LRU_TAIL] = pfn
+    b.words[at + LRU_PAGES] += 1 << np.int64(b.order[pfn])
+    fetch_or_acq_rel(b.flags, pfn, LRU)
+
+
+@helper
+def _evictable_block(b, base, size):
+    """Whether everything in an aligned block is free or on an LRU list."""
+    if base + size > b.words[W_PAGES]:
+        return False
+    pfn = base
+    while pfn < base + size:
+        flags = b.flags[pfn]
+        if flags & BUDDY == 0 and (flags & HEAD == 0 or flags & LRU == 0):
+            return False
+        pfn += 1 << np.int64(b.order[pfn])
+    return True
+
+
+@helper
+def _isolate_one(b, pfn, out, n):
+    """Under the LRU lock: take a folio off its list with a reference; the new count."""
+    if not try_get(b, pfn):
+        return n  # its last reference is being dropped
+    unlink_lru(b, pfn)
+    fetch_and_acq_rel(b.flags, pfn, 0xFFFFFFFF ^ ACTIVE)
+    out[n] = pfn
+    return n + 1
+
+
+@helper
+def _isolate_block(b, base, size, out, n):
+    """Under the LRU lock: isolate every folio of an evictable block."""
+    pfn = base
+    while pfn < base + size:
+        step = 1 << np.int64(b.order[pfn])
+        if b.flags[pfn] & LRU != 0:
+            n = _isolate_one(b, pfn, out, n)
+        pfn += step
+    return n
+
+
+@kernel(f"i8({BUDDY_ARGS}, i8, i8)")
+def lru_move(words, flags, order, refs, lru_next, lru_prev, pfn, what):
+    """ADD REMOVE ACTIVATE DEACTIVATE ROTATE; DONE, NOTHING if it was so already, NOT_A_FOLIO."""
+    b = Buddy(words, flags, order, refs, lru_next, lru_prev)
+    if flags[pfn] & HEAD == 0:
+        return NOT_A_FOLIO
+    code = DONE
+    spin_lock(words, W_LRU_LOCK)
+    listed = flags[pfn] & LRU != 0
+    if what == ADD:
+        if listed:
+            code = NOTHING
+        else:
+            _link_lru(b, pfn, False)
+    elif what == REMOVE:
+        if listed:
+            unlink_lru(b, pfn)
+        else:
+            code = NOTHING
+    else:
+        if listed:
+            unlink_lru(b, pfn)
+        if what == ACTIVATE:
+            fetch_or_acq_rel(flags, pfn, ACTIVE)
+        else:
+            fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ (ACTIVE | REFERENCED))
+        if listed:
+            _link_lru(b, pfn, what == ROTATE)
+        else:
+            code = NOTHING
+    spin_unlock(words, W_LRU_LOCK)
+    return code
+
+
+@kernel(f"i8({BUDDY_ARGS}, u4[::1], i8, i8)")
+def lru_isolate(words, flags, order, refs, lru_next, lru_prev, out, nr, lumpy):
+    """Fill out[] from the inactive tail, at least `nr` folios if there are so many; how many.
+
+    lumpy > 0: with each come the folios of its aligned block of 2^lumpy pages. out must hold
+    nr + 2^lumpy.
+    """
+    b = Buddy(words, flags, order, refs, lru_next, lru_prev)
+    n = 0
+    spin_lock(words, W_LRU_LOCK)
+    pfn = words[W_LRU + LRU_TAIL]
+    while pfn != 0 and n < nr:
+        before = np.int64(lru_prev[pfn])
+        base = (pfn >> lumpy) << lumpy
+        if lumpy > np.int64(order[pfn]) and _evictable_block(b, base, 1 << lumpy):
+            had = n
+            n = _isolate_block(b, base, 1 << lumpy, out, n)
+            # `before` may have left with the block; but never start over without progress
+            pfn = words[W_LRU + LRU_TAIL] if n > had else before
+        else:
+            n = _isolate_one(b, pfn, out, n)
+            pfn = before
+    spin_unlock(words, W_LRU_LOCK)
+    return n
+
+
+@kernel(f"i8({BUDDY_ARGS}, i8)")
+def lru_age(words, flags, order, refs, lru_next, lru_prev, nr):
+    """Move up to `nr` folios from the active tail to the inactive head; how many."""
+    b = Buddy(words, flags, order, refs, lru_next, lru_prev)
+    n = 0
+    spin_lock(words, W_LRU_LOCK)
+    while n < nr and words[W_LRU + LRU_STRIDE + LRU_TAIL] != 0:
+        pfn = words[W_LRU + LRU_STRIDE + LRU_TAIL]
+        unlink_lru(b, pfn)
+        fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ (ACTIVE | REFERENCED))
+        _link_lru(b, pfn, False)
+        n += 1
+    spin_unlock(words, W_LRU_LOCK)
+    return n
+
+
+@kernel(f"i8({BUDDY_ARGS}, i8)")
+def lru_touch(words, flags, order, refs, lru_next, lru_prev, pfn):
+    """mark_accessed: the first touch sets REFERENCED, the second activates; DONE if activated."""
+    if flags[pfn] & (REFERENCED | ACTIVE | LRU) != REFERENCED | LRU:
+        fetch_or_acq_rel(flags, pfn, REFERENCED)
+        return NOTHING
+    code = NOTHING
+    spin_lock(words, W_LRU_LOCK)
+    if flags[pfn] & (ACTIVE | LRU) == LRU:
+        b = Buddy(words, flags, order, refs, lru_next, lru_prev)
+        unlink_lru(b, pfn)
+        fetch_or_acq_rel(flags, pfn, ACTIVE)
+        fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ REFERENCED)
+        _link_lru(b, pfn, False)
+        code = DONE
+    spin_unlock(words, W_LRU_LOCK)
+    return code
+
+
+class Lru:
+    """The lists of one arena, for the page cache. pfns are those of folio heads."""
+
+    def __init__(
+        self,
+        buddy: Buddy,
+        vmstat: VmStat,
+        put_folio: Callable[[int], bool],
+        wanted_order: Callable[[], int],
+        scanner: Callable[[], str],
+    ) -> None:
+        self._buddy = buddy
+        self._vmstat = vmstat
+        self._put_folio = put_folio
+        self._wanted_order = wanted_order
+        self._scanner = scanner
+        self._out = np.zeros(2 * BATCH_MAX, dtype=np.uint32)
+
+    @property
+    def nr_inactive(self) -> int:
+        """Pages on the inactive list."""
+        return int(self._buddy.words[W_LRU + LRU_PAGES])
+
+    @property
+    def nr_active(self) -> int:
+        """Pages on the active list."""
+        return int(self._buddy.words[W_LRU + LRU_STRIDE + LRU_PAGES])
+
+    def _move(self, pfn: int, what: int) -> bool:
+        code = lru_move(*self._buddy, pfn, what)
+        assert code != NOT_A_FOLIO, f"page {pfn} is not the head of an allocated folio"
+        return bool(code == DONE)
+
+    def add(self, pfn: int, active: bool = False) -> None:
+        """A folio that is on no list enters at a head: the inactive list's unless `active`."""
+        if active:
+            self._move(pfn, ACTIVATE)
+        added = self._move(pfn, ADD)
+        assert added, f"folio {pfn} is on a list already"
+
+    def remove(self, pfn: int) -> bool:
+        """Take a folio off its list; False when it was on none (isolated, or never added)."""
+        return self._move(pfn, REMOVE)
+
+    def activate(self, pfn: int) -> None:
+        """To the head of the active list (or marked so, for when an isolated one comes back)."""
+        self._move(pfn, ACTIVATE)
+        self._vmstat.add("pgactivate")
+
+    def deactivate(self, pfn: int) -> None:
+        """To the head of the inactive list."""
+        self._move(pfn, DEACTIVATE)
+        self._vmstat.add("pgdeactivate")
+
+    def rotate(self, pfn: int) -> None:
+        """To the tail of the inactive list: reclaim takes it next (its write has ended)."""
+        self._move(pfn, ROTATE)
+        self._vmstat.add("pgrotated")
+
+    def mark_accessed(self, pfn: int) -> None:
+        """A use of the folio; the second one on the inactive list activates it."""
+        if lru_touch(*self._buddy, pfn) == DONE:
+            self._vmstat.add("pgactivate")
+
+    def inactive_is_low(self) -> bool:
+        """Whether reclaim should age the active list (the ratio of arenas below 1 GiB: 1)."""
+        return self.nr_inactive < self.nr_active
+
+    def age(self, nr: int) -> int:
+        """Deactivate up to `nr` folios from the active tail; how many."""
+        moved: int = lru_age(*self._buddy, nr)
+        self._vmstat.add("pgdeactivate", moved)
+        return moved
+
+    def isolate(self, nr: int) -> list[int]:
+        """About `nr` folios from the inactive tail, off the lists, with a reference each.
+
+        More than `nr` when a larger block is wanted. Every one must be put back or freed.
+        """
+        lumpy = self._wanted_order()
+        n = lru_isolate(*self._buddy, self._out, min(nr, BATCH_MAX), lumpy)
+        pfns: list[int] = self._out[:n].tolist()
+        self._vmstat.add(f"pgscan_{self._scanner()}", n)
+        return pfns
+
+    def putback(self, pfn: int) -> bool:
+        """An isolated folio returns to the head of its list; drops isolate's reference.
+
+        True when that was the last one: its cache let go of it meanwhile, and it is freed.
+        """
+        self._move(pfn, ADD)
+        return self._put_folio(pfn)

@@ -1,0 +1,132 @@
+"""Page descriptors and the layout of the arena's control words. Data only, no behaviour.
+
+A page is 4 KiB and is named by its pfn, its index in the arena; byte address = pfn * 4096. pfn 0
+is reserved, so that 0 means "none" in every link and handle. The descriptors are separate arrays,
+one per field, indexed by pfn; for a block of several pages the head's descriptor speaks for all,
+and each tail carries TAIL and the block's order, so that the head is found by rounding down.
+
+Who may write a field: BUDDY pages belong to the buddy lock; SLAB pages to their cache's lock;
+links and the LRU/ACTIVE flags of other pages to the LRU lock; everything else to the owner of the
+page. `flags` is shared, so once other threads run it is changed only by atomic or/and.
+
+`words` is one int64 array that holds locks, list heads, marks and counters at the indices below.
+What different threads spin on is kept in different 64-byte lines (8 words).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+ORDER_MAX = 10
+ORDERS = ORDER_MAX + 1
+
+# page flags
+RESERVED = 1 << 0  # never handed out
+BUDDY = 1 << 1  # head of a free block
+HEAD = 1 << 2  # first page of an allocated block
+TAIL = 1 << 3  # other page of an allocated block
+SLAB = 1 << 4  # objects of a slab cache
+LRU = 1 << 5  # on the active or inactive list
+ACTIVE = 1 << 6  # on, or taken from, the active list
+REFERENCED = 1 << 7  # used once since it was last looked at
+LOCKED = 1 << 8  # from here on: the owner's
+UPTODATE = 1 << 9
+DIRTY = 1 << 10
+WRITEBACK = 1 << 11
+RECLAIM = 1 << 12  # free it as soon as its write ends
+WORKINGSET = 1 << 13
+READAHEAD = 1 << 14
+ERROR = 1 << 15
+OWNER_1 = 1 << 16  # free for the owner's own use
+OWNER_2 = 1 << 17
+OWNER_3 = 1 << 18
+
+# a page that carries one of these may not be freed
+BUSY = RESERVED | BUDDY | DIRTY | WRITEBACK | LOCKED
+
+# words: marks, written once, and what the fast path reads
+W_PAGES = 0  # pages in the arena, page 0 included
+W_MIN = 1
+W_LOW = 2
+W_HIGH = 3
+W_WAITERS = 4  # tasks that wait for memory
+# words: the buddy's line
+W_BUDDY_LOCK = 8
+W_FREE = 9  # free pages
+W_FREED = 10  # blocks freed since the beginning: an event count
+W_PGALLOC = 11  # pages handed out and given back since the beginning
+W_PGFREE = 12
+W_LOWEST = 13  # no free block begins below this pfn
+W_FREE_HEAD = 16  # one list head per order
+W_NR_FREE = 32  # free blocks per order
+# words: the LRU's line
+W_LRU_LOCK = 48
+W_LRU = 49  # head, tail, pages of the inactive list, then of the active list
+LRU_HEAD = 0
+LRU_TAIL = 1
+LRU_PAGES = 2
+LRU_STRIDE = 3
+# words: one group per slab cache
+W_SLAB = 64
+SLAB_WORDS = 8
+SLAB_CACHES = 32
+S_LOCK = 0
+S_PARTIAL = 1  # list of slabs with a free object
+S_SLABS = 2
+S_OBJECTS = 3
+S_SHIFT = 4  # log2 of the object size
+NR_WORDS = W_SLAB + SLAB_CACHES * SLAB_WORDS
+
+Words = NDArray[np.int64]
+
+
+class Pages(NamedTuple):
+    """The descriptor arrays, all of length `memory_bytes / 4096`."""
+
+    flags: NDArray[np.uint32]
+    order: NDArray[np.uint8]  # of the block the page belongs to; meaningful on BUDDY HEAD TAIL
+    refs: NDArray[np.int32]  # of the head page
+    mapping: NDArray[np.uint32]  # inode handle or other owner; slab cache number of SLAB pages
+    # file page index; object bitmap (upper half) of SLAB pages
+    index: NDArray[np.int64]  # type: ignore[assignment]
+    blocks: NDArray[np.uint32]  # per-block bits of the page cache
+    lru_next: NDArray[np.uint32]
+    lru_prev: NDArray[np.uint32]
+    private: NDArray[np.uint64]  # the owner's; object bitmap (lower half) of SLAB pages
+
+
+class Buddy(NamedTuple):
+    """What the kernels of the page allocator and of the LRU take, in this order."""
+
+    words: Words
+    flags: NDArray[np.uint32]
+    order: NDArray[np.uint8]
+    refs: NDArray[np.int32]
+    lru_next: NDArray[np.uint32]
+    lru_prev: NDArray[np.uint32]
+
+
+class Slabs(NamedTuple):
+    """What the slab kernels take: the buddy's arrays and the object bitmaps."""
+
+    words: Words
+    flags: NDArray[np.uint32]
+    order: NDArray[np.uint8]
+    refs: NDArray[np.int32]
+    lru_next: NDArray[np.uint32]
+    lru_prev: NDArray[np.uint32]
+    mapping: NDArray[np.uint32]
+    free_low: NDArray[np.uint64]
+    free_high: NDArray[np.uint64]
+
+
+def make_pages(nr_pages: int) -> Pages:
+    """Descriptors of `nr_pages` pages, all zero; 41 bytes a page, 1 % of the arena."""
+    assert nr_pages > 0
+    kinds: tuple[Any, ...] = ("u4", "u1", "i4", "u4", "i8", "u4", "u4", "u4", "u8")
+    return Pages(*(np.zeros(nr_pages, dtype=kind) for kind in kinds))

@@ -1,0 +1,211 @@
+"""Reclaim: who gets memory back, in the background and on behalf of a task that waits.
+
+kswapd runs when free memory falls below `low` and works until `high`. A task whose request cannot
+be served reclaims itself before it sleeps (direct reclaim). Both make passes over all shrinkers
+at priorities 12 down to 0; priority 0 looks at everything, twice, so a task sleeps only when
+there was nothing left to free. Memory that is dirty is not reclaim's to clean: when clean memory
+runs short it wakes the cleaners (flusher, metadata writer), and their progress comes back as
+`kick`.
+
+Passes are synchronous and never allocate. Between passes the loop gets its turn, without a
+cancellation point. One pass runs at a time: a shrinker must not cause another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import trio
+
+from alloc import gfp as gfp_flags
+from alloc.page import W_FREE, W_HIGH, Words
+from alloc.shrinker import PRIORITY_FIRST, Shrinker, ShrinkerState
+from alloc.vmstat import VmStat
+
+MAX_RECLAIM_RETRIES = 16
+CLEANERS_BELOW_PRIORITY = 10
+KSWAPD_BACKOFF_S = 0.1
+SWAP_CLUSTER_MAX = 32
+VAIN_STEP = 3
+VAIN_S = 0.05
+
+
+class Reclaim:
+    """The shrinkers and cleaners of one arena, and the work of getting memory back."""
+
+    def __init__(self, words: Words, vmstat: VmStat, waiting: Callable[[], int]) -> None:
+        self._words = words
+        self._vmstat = vmstat
+        self._waiting = waiting
+        self._shrinkers: list[ShrinkerState] = []
+        self._cleaners: list[Callable[[], None]] = []
+        self._wake = trio.Event()
+        self._kicked = trio.Event()
+        self._running = 0  # kswapd tasks
+        self._kicks = 0
+        self._vain: dict[int, tuple[int, float]] = {}  # by rights: kicks then, and when
+        self._in_pass = False
+        self._scanned = 0  # objects that the last pass looked at
+        self.who = "direct"  # whose pass is running: the suffix of pgscan_ and pgsteal_
+
+    def register_shrinker(self, shrinker: Shrinker, seeks: int, batch: int) -> None:
+        assert all(state.shrinker is not shrinker for state in self._shrinkers)
+        self._shrinkers.append(ShrinkerState(shrinker, seeks, batch))
+
+    def unregister_shrinker(self, shrinker: Shrinker) -> None:
+        self._shrinkers = [s for s in self._shrinkers if s.shrinker is not shrinker]
+
+    def register_cleaner(self, wake: Callable[[], None]) -> None:
+        self._cleaners.append(wake)
+
+    @property
+    def kswapd_running(self) -> bool:
+        return self._running > 0
+
+    def wake_kswapd(self) -> None:
+        """Free memory is below `low`. Cheap, and harmless when it is not so."""
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def kick(self) -> None:
+        """Something became reclaimable: no more holding back."""
+        self._kicks += 1
+        self._wake.set()
+        self._kicked.set()
+
+    def wake_cleaners(self) -> None:
+        if self._cleaners:
+            self._vmstat.add("cleaner_wakeups")
+        for wake in self._cleaners:
+            wake()
+
+    def shrink_all(self, priority: int, gfp: int, who: str, target: int) -> int:
+        """One pass over every shrinker, each up to `target` objects freed; progress made."""
+        if self._in_pass:
+            return 0
+        self._in_pass = True
+        self.who = who
+        self._scanned = 0
+        free_before = int(self._words[W_FREE])
+        freed = 0
+        try:
+            for state in tuple(self._shrinkers):
+                nr_scanned, nr_freed = state.shrink(priority, gfp, target)
+                self._scanned += nr_scanned
+                freed += nr_freed
+        finally:
+            self._in_pass = False
+        gained = max(int(self._words[W_FREE]) - free_before, 0)
+        self._vmstat.add("slabs_scanned", self._scanned)
+        self._vmstat.add(f"pgsteal_{who}", gained)
+        return max(freed, gained)
+
+    def light_round(self, gfp: int) -> int:
+        """What NORETRY may do: passes at falling priority until one has looked at something."""
+        for priority in range(PRIORITY_FIRST, -1, -1):
+            freed = self.shrink_all(priority, gfp, "direct", SWAP_CLUSTER_MAX)
+            if self._scanned:
+                return freed
+        return 0
+
+    def full_round(self, gfp: int, satisfied: Callable[[], bool]) -> None:
+        """What MAYFAIL may do: everything that direct reclaim does, in one go."""
+        for _ in self._rounds(gfp):
+            if satisfied():
+                return
+
+    async def direct(self, gfp: int, satisfied: Callable[[], bool]) -> None:
+        """Direct reclaim of a waiting task: until satisfied, or nothing more can be freed.
+
+        Skipped when somebody with the same rights has just looked at everything in vain and
+        nothing was heard of since: many waiters would otherwise keep the cleaners from running.
+        """
+        if self._in_vain(gfp):
+            return
+        freed = 0
+        for priority, freed in self._rounds(gfp):
+            if satisfied():
+                return
+            if not freed and priority <= CLEANERS_BELOW_PRIORITY:
+                self.wake_cleaners()
+            if freed:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                if satisfied():
+                    return
+        if not freed:
+            self._note_in_vain(gfp)
+
+    def _rounds(self, gfp: int) -> Iterator[tuple[int, int]]:
+        """Passes of direct reclaim, each as (priority, freed), until one at 0 frees nothing.
+
+        At priority 0 each pass may free twice as much as the one before.
+        """
+        priority, retries = PRIORITY_FIRST, 0
+        while retries < MAX_RECLAIM_RETRIES:
+            freed = self.shrink_all(priority, gfp, "direct", SWAP_CLUSTER_MAX << retries)
+            yield priority, freed
+            if priority > 0:
+                priority = self._next_priority(priority, freed)
+                continue
+            if not freed:
+                return
+            retries += 1
+            self._vmstat.add("allocstall_retries")
+
+    def _next_priority(self, priority: int, freed: int) -> int:
+        """After a pass that looked at something and freed nothing the next looks much further.
+
+        So a vain round costs little more than its last pass.
+        """
+        return max(priority - (VAIN_STEP if self._scanned and not freed else 1), 0)
+
+    def _in_vain(self, gfp: int) -> bool:
+        """Whether a full round with these rights or more has just found nothing."""
+        now = trio.current_time()
+        for rights in (gfp_flags.KERNEL, gfp & gfp_flags.NOIO):
+            kicks, noted = self._vain.get(rights, (-1, 0.0))
+            if kicks == self._kicks and 0 <= now - noted < VAIN_S:
+                return True
+        return False
+
+    def _note_in_vain(self, gfp: int) -> None:
+        self._vain[gfp & gfp_flags.NOIO] = (self._kicks, trio.current_time())
+
+    def _balanced(self) -> bool:
+        return int(self._words[W_FREE]) >= int(self._words[W_HIGH]) and not self._waiting()
+
+    async def _balance(self) -> bool:
+        """One run of kswapd; whether it reached its aim."""
+        self._vmstat.add("pageoutrun")
+        priority = PRIORITY_FIRST
+        while not self._balanced():
+            short = int(self._words[W_HIGH]) - int(self._words[W_FREE])
+            target = max(short, SWAP_CLUSTER_MAX)
+            freed = self.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
+            if self._balanced():
+                break
+            if freed < SWAP_CLUSTER_MAX:
+                if priority <= CLEANERS_BELOW_PRIORITY:
+                    self.wake_cleaners()
+                if priority == 0 and not freed:
+                    self._note_in_vain(gfp_flags.KERNEL)
+                    return False
+                priority = self._next_priority(priority, freed)
+            await trio.lowlevel.checkpoint()
+        return True
+
+    async def kswapd(self) -> None:
+        """Background reclaim; runs until cancelled."""
+        self._running += 1
+        try:
+            with gfp_flags.memalloc():
+                while True:
+                    await self._wake.wait()
+                    self._wake, self._kicked = trio.Event(), trio.Event()
+                    if not await self._balance():
+                        # Nothing can be freed now: requests below `low` keep waking us, and
+                        # each pass costs a look at everything, so let a cleaner get somewhere.
+                        with trio.move_on_after(KSWAPD_BACKOFF_S):
+                            await self._kicked.wait()
+        finally:
+            self._running -= 1

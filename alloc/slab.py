@@ -1,0 +1,184 @@
+"""Slab caches: objects of one power-of-two size, 32 to 4096 bytes, named by their index.
+
+A slab is one page, so objects are naturally aligned and fill it without waste, and a cache never
+needs a block that fragmentation could withhold. The whole arena viewed as the record type is the
+cache's table: object i lives at byte i * size, `cache.table["field"][i]` is a field of it.
+
+Which objects of a slab are free is a bitmap of up to 128 bits in its page descriptor (a set bit
+is a free object), so a double free is always noticed. Slabs with a free object are linked in a
+partial list; a slab that becomes empty goes back to the buddy at once. Objects come zeroed.
+
+Each cache has its lock; it is taken before the buddy's.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import numpy as np
+
+from alloc.atomic import count_trailing_zeros, load_acquire, mask64, spin_lock, spin_unlock
+from alloc.buddy import FREED, FREED_AND_WAITERS, RIGHTS_LOWEST, WOULD_BLOCK, give_back, take
+from alloc.jit import helper, kernel
+from alloc.libc import memset
+from alloc.page import (
+    HEAD,
+    PAGE_SHIFT,
+    S_LOCK,
+    S_OBJECTS,
+    S_PARTIAL,
+    S_SHIFT,
+    S_SLABS,
+    SLAB,
+    SLAB_WORDS,
+    W_SLAB,
+    W_WAITERS,
+    Buddy,
+    Slabs,
+)
+
+NOT_OF_THIS_CACHE = -1
+FREE_ALREADY = -2
+
+_SLAB_ARGS = "i8[::1], u4[::1], u1[::1], i4[::1], u4[::1], u4[::1], u4[::1], u8[::1], u8[::1]"
+
+
+@helper
+def _buddy(s):
+    return Buddy(s.words, s.flags, s.order, s.refs, s.lru_next, s.lru_prev)
+
+
+@helper
+def _link_partial(s, at, pfn):
+    head = s.words[at + S_PARTIAL]
+    s.lru_next[pfn] = head
+    s.lru_prev[pfn] = 0
+    if head != 0:
+        s.lru_prev[head] = pfn
+    s.words[at + S_PARTIAL] = pfn
+
+
+@helper
+def _unlink_partial(s, at, pfn):
+    after = np.int64(s.lru_next[pfn])
+    before = np.int64(s.lru_prev[pfn])
+    if after != 0:
+        s.lru_prev[after] = before
+    if before != 0:
+        s.lru_next[before] = after
+    else:
+        s.words[at + S_PARTIAL] = after
+    s.lru_next[pfn] = 0
+    s.lru_prev[pfn] = 0
+
+
+@helper
+def _grow(s, cache, at, rights):
+    """A new empty slab on the partial list; its pfn as `take` gives it, or WOULD_BLOCK."""
+    got = take(_buddy(s), 0, rights | RIGHTS_LOWEST)
+    if got == WOULD_BLOCK:
+        return got
+    pfn = abs(got)
+    per_slab = 1 << (PAGE_SHIFT - s.words[at + S_SHIFT])
+    s.free_low[pfn] = mask64(min(per_slab, 64))
+    s.free_high[pfn] = mask64(max(per_slab - 64, 0))
+    s.mapping[pfn] = cache
+    s.flags[pfn] = HEAD | SLAB
+    s.words[at + S_SLABS] += 1
+    _link_partial(s, at, pfn)
+    return got
+
+
+@helper
+def _claim_bit(s, pfn):
+    """Take the lowest free object of a partial slab; its number in the slab."""
+    low = s.free_low[pfn]
+    if low != 0:
+        s.free_low[pfn] = low & (low - np.uint64(1))
+        return count_trailing_zeros(low)
+    high = s.free_high[pfn]
+    s.free_high[pfn] = high & (high - np.uint64(1))
+    return 64 + count_trailing_zeros(high)
+
+
+@helper
+def object_alloc(s, mem, cache, rights):
+    """A zeroed object's index, negated when free pages are now below `low`; or WOULD_BLOCK."""
+    at = W_SLAB + cache * SLAB_WORDS
+    shift = s.words[at + S_SHIFT]
+    spin_lock(s.words, at + S_LOCK)
+    pfn = s.words[at + S_PARTIAL]
+    below_low = False
+    if pfn == 0:
+        got = _grow(s, cache, at, rights)
+        if got == WOULD_BLOCK:
+            spin_unlock(s.words, at + S_LOCK)
+            return np.int64(WOULD_BLOCK)
+        below_low = got < 0
+        pfn = abs(got)
+    bit = _claim_bit(s, pfn)
+    if s.free_low[pfn] == 0 and s.free_high[pfn] == 0:
+        _unlink_partial(s, at, pfn)
+    s.words[at + S_OBJECTS] += 1
+    spin_unlock(s.words, at + S_LOCK)
+    index = (pfn << (PAGE_SHIFT - shift)) + bit
+    memset(mem, index << shift, 0, 1 << shift)
+    return -index if below_low else index
+
+
+@helper
+def object_free(s, cache, index):
+    """Give an object back: FREED, FREED_AND_WAITERS, or a negative code for a caller's bug."""
+    at = W_SLAB + cache * SLAB_WORDS
+    per_shift = PAGE_SHIFT - s.words[at + S_SHIFT]
+    pfn = index >> per_shift
+    if s.flags[pfn] & SLAB == 0 or s.mapping[pfn] != cache:
+        return np.int64(NOT_OF_THIS_CACHE)
+    per_slab = 1 << per_shift
+    bit = index & (per_slab - 1)
+    spin_lock(s.words, at + S_LOCK)
+    low = s.free_low[pfn]
+    high = s.free_high[pfn]
+    one = np.uint64(1) << np.uint64(bit & 63)
+    if (low if bit < 64 else high) & one != 0:
+        spin_unlock(s.words, at + S_LOCK)
+        return np.int64(FREE_ALREADY)
+    was_full = low == 0 and high == 0
+    if bit < 64:
+        low = low | one
+    else:
+        high = high | one
+    s.free_low[pfn] = low
+    s.free_high[pfn] = high
+    s.words[at + S_OBJECTS] -= 1
+    empty = low == mask64(min(per_slab, 64)) and high == mask64(max(per_slab - 64, 0))
+    if was_full and not empty:
+        _link_partial(s, at, pfn)
+    elif empty:
+        if not was_full:
+            _unlink_partial(s, at, pfn)
+        s.words[at + S_SLABS] -= 1
+        s.free_low[pfn] = 0
+        s.free_high[pfn] = 0
+        s.mapping[pfn] = 0
+        give_back(_buddy(s), pfn)
+    spin_unlock(s.words, at + S_LOCK)
+    if load_acquire(s.words, W_WAITERS) > 0:
+        return np.int64(FREED_AND_WAITERS)
+    return np.int64(FREED)
+
+
+@kernel(f"i8({_SLAB_ARGS}, u1[::1], i8, i8)")
+def slab_alloc(
+    words, flags, order, refs, lru_next, lru_prev, mapping, low, high, mem, cache, rights
+):
+    """See `object_alloc`. The slab fast path: one call."""
+    s = Slabs(words, flags, order, refs, lru_next, lru_prev, mapping, low, high)
+    return object_alloc(s, mem, cache, rights)
+
+
+@kernel(f"i8({_SLAB_ARGS}, i8, i8)")
+def slab_free(words, flags, order, refs, lru_next, lru_prev, mapping, low, high, cache, index):
+    """See `object_free`."""
+    s = Slabs(words, flags, order, refs, lru_next, lru_prev, mapping, low, high)
+    return object_free(s, cache, index)

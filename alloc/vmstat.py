@@ -1,0 +1,110 @@
+"""Counters and reports, under the names that Linux gives them where the meaning is the same.
+
+Counters of the fast path live in the arena's words and are kept by the kernels; those of slow
+paths are Python integers, changed on the trio thread only. Reading never takes a lock: a report
+is a snapshot of moving numbers, each of them right at some moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from alloc.page import (
+    LRU_PAGES,
+    LRU_STRIDE,
+    ORDERS,
+    S_SLABS,
+    SLAB_CACHES,
+    SLAB_WORDS,
+    W_FREE,
+    W_LRU,
+    W_NR_FREE,
+    W_PAGES,
+    W_PGALLOC,
+    W_PGFREE,
+    W_SLAB,
+    Words,
+)
+from alloc.watermarks import KB_PER_PAGE
+
+# counted by the allocator itself; other rooms add their own names (nr_dirty, ...)
+NAMES = (
+    "allocstall_normal",
+    "allocstall_retries",
+    "alloc_waits",
+    "alloc_stall_reports",
+    "try_alloc_failed",
+    "pageoutrun",
+    "pgsteal_kswapd",
+    "pgsteal_direct",
+    "pgscan_kswapd",
+    "pgscan_direct",
+    "pgactivate",
+    "pgdeactivate",
+    "pgrotated",
+    "slabs_scanned",
+    "cleaner_wakeups",
+)
+
+
+def nr_slab_pages(words: Words) -> int:
+    """Pages that slab caches hold."""
+    last = W_SLAB + SLAB_CACHES * SLAB_WORDS
+    return int(words[W_SLAB + S_SLABS : last : SLAB_WORDS].sum())
+
+
+class VmStat(Mapping[str, int]):
+    """/proc/vmstat of one arena: a mapping from name to count."""
+
+    def __init__(self, words: Words) -> None:
+        self._counts = dict.fromkeys(NAMES, 0)
+        self._live: dict[str, Callable[[], int]] = {
+            "nr_free_pages": lambda: int(words[W_FREE]),
+            "nr_inactive_file": lambda: int(words[W_LRU + LRU_PAGES]),
+            "nr_active_file": lambda: int(words[W_LRU + LRU_STRIDE + LRU_PAGES]),
+            "nr_slab": lambda: nr_slab_pages(words),
+            "pgalloc_normal": lambda: int(words[W_PGALLOC]),
+            "pgfree": lambda: int(words[W_PGFREE]),
+        }
+
+    def add(self, name: str, nr: int = 1) -> None:
+        """Count; a name seen for the first time starts at 0. Gauges go down with nr < 0."""
+        assert name not in self._live, f"{name} is kept by the kernels"
+        self._counts[name] = self._counts.get(name, 0) + nr
+
+    def gauge(self, name: str, read: Callable[[], int]) -> None:
+        """A number that its owner keeps elsewhere and that is read on demand."""
+        self._live[name] = read
+
+    def __getitem__(self, name: str) -> int:
+        read = self._live.get(name)
+        return read() if read is not None else self._counts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._live
+        yield from self._counts
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._counts)
+
+
+def meminfo(words: Words, vmstat: VmStat) -> dict[str, int]:
+    """/proc/meminfo of one arena, in KiB. Dirty and Writeback are 0 until somebody counts them."""
+    inactive = vmstat["nr_inactive_file"] * KB_PER_PAGE
+    active = vmstat["nr_active_file"] * KB_PER_PAGE
+    return {
+        "MemTotal": int(words[W_PAGES]) * KB_PER_PAGE,
+        "MemFree": int(words[W_FREE]) * KB_PER_PAGE,
+        "Cached": inactive + active,
+        "Active(file)": active,
+        "Inactive(file)": inactive,
+        "Dirty": vmstat.get("nr_dirty", 0) * KB_PER_PAGE,
+        "Writeback": vmstat.get("nr_writeback", 0) * KB_PER_PAGE,
+        "Slab": nr_slab_pages(words) * KB_PER_PAGE,
+    }
+
+
+def buddyinfo(words: Words) -> str:
+    """/proc/buddyinfo of one arena: free blocks of each order, one line."""
+    counts = (f"{int(words[W_NR_FREE + order]):6d}" for order in range(ORDERS))
+    return "Node 0, zone   Normal " + " ".join(counts)
