@@ -22,6 +22,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ DISABLED = bool(config.DISABLE_JIT)
 Signature = str | Callable[[], tuple[Any, ...]]
 
 
+@cache
 def _hash_sources() -> str:
     """Hash of all kernel sources, numba's and llvmlite's versions and the CPU."""
     digest = hashlib.sha256()
