@@ -1,0 +1,1 @@
+"""The filesystem: devices, the XFS format, transactions, caches, the FUSE front, the mount."""

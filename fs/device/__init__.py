@@ -1,0 +1,1 @@
+"""Block devices: where an image's bytes are. `base.Device` says what one can do."""

@@ -1,0 +1,89 @@
+"""Images in files, on block devices and in memory.
+
+Transfers go through a small pool of threads, because pread and pwrite release the GIL and a
+device may take milliseconds; a hop costs about 60 us. An image in memory (a memfd) has nothing to
+wait for, so its transfers run in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from fs.device.base import Views
+
+IO_THREADS = 4  # enough to keep a device of this class busy from two cores
+IOV_MAX = 1024
+
+
+def _each_batch(views: Views) -> list[Views]:
+    return [views[i : i + IOV_MAX] for i in range(0, len(views), IOV_MAX)]
+
+
+def _transfer(call: Callable[..., int], fd: int, views: Views, offset: int, what: str) -> None:
+    """preadv or pwritev until all views are done, resuming after short transfers."""
+    for batch in _each_batch(views):
+        rest = list(batch)
+        while rest:
+            done = call(fd, rest, offset)
+            if done <= 0:
+                raise OSError(errno.EIO, f"short {what} at byte {offset}")
+            offset += done
+            while rest and done >= len(rest[0]):
+                done -= len(rest.pop(0))
+            if rest and done:
+                rest[0] = rest[0][done:]
+
+
+class ImageFile:
+    """An image in a regular file or on a block device."""
+
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
+        self.name = path
+        self.path = path
+        self.read_only = read_only
+        self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        self.size = os.lseek(self._fd, 0, os.SEEK_END)
+        self._threads = trio.CapacityLimiter(IO_THREADS)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    async def read(self, offset: int, views: Views) -> None:
+        await self._run(partial(_transfer, os.preadv, self._fd, views, offset, "read"))
+
+    async def write(self, offset: int, views: Views) -> None:
+        assert not self.read_only
+        await self._run(partial(_transfer, os.pwritev, self._fd, views, offset, "write"))
+
+    async def flush(self) -> None:
+        if not self.read_only:
+            await self._run(partial(os.fdatasync, self._fd))
+
+    async def _run(self, call: Callable[[], None]) -> None:
+        await trio.to_thread.run_sync(call, limiter=self._threads)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Memory(ImageFile):
+    """An image in memory: an anonymous file that lives as long as its descriptor."""
+
+    def __init__(self, size: int, name: str = "scratch") -> None:
+        fd = os.memfd_create(name)
+        os.ftruncate(fd, size)
+        path = f"/proc/{os.getpid()}/fd/{fd}"
+        super().__init__(path)
+        os.close(fd)
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        self.name = name
+
+    async def _run(self, call: Callable[[], None]) -> None:
+        call()

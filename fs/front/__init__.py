@@ -1,0 +1,1 @@
+"""What the kernel talks to: FUSE operations and mount options."""

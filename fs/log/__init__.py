@@ -1,0 +1,1 @@
+"""Transactions: the only way to dirty metadata."""

@@ -1,0 +1,1 @@
+"""Cleaning: dirty accounting, the flusher and I/O completion. Knows mappings, never XFS."""
