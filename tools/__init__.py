@@ -1,0 +1,1 @@
+"""What people run beside a mount: exerciser, comparison, benchmarks, the demo."""
