@@ -1,0 +1,572 @@
+"""The buffer cache: verified metadata blocks, kept in the arena, named by daddr.
+
+A buffer is a descriptor (slab record) and its bytes (a folio, or a slab object for blocks smaller
+than a page). It is read once, checked (CRC first, then the structure's own verifier) and only then
+visible. Modified buffers stay on a dirty list until the metadata writer copies them, stamps their
+CRC and writes neighbours in one device write.
+
+Invariants: one buffer per daddr; a buffer with holders, dirty or being written is never reclaimed;
+a reader of a block that somebody else reads waits for that read.
+
+Locking: trio thread only; everything between awaits is atomic. Buffers have no lock of their own:
+who may modify which block follows from the inode's ILOCK and the space lock. The writer copies
+before it writes, so a block may change while an older image of it is on its way; a second write of
+the same block waits for the first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import trio
+
+from alloc import gfp
+from alloc.arena import Arena
+from alloc.jit import kernel
+from fs.device.base import Device
+from fs.errors import Corrupt
+from fs.xfs import layout as L
+from fs.xfs.crc import crc_ok, crc_stamp
+from fs.xfs.geometry import Geometry
+
+PAGE_SIZE = 4096
+
+BUF = np.dtype(
+    [
+        ("daddr", "i8"),  # BBs from the start of the device; -1 once invalidated
+        ("addr", "i8"),  # byte offset of the data in the arena
+        ("owner", "i8"),  # ino that owned the block when it was verified, or 0
+        ("size", "u4"),  # bytes
+        ("flags", "u4"),
+        ("hold", "u4"),  # running users
+        ("ops", "u4"),  # index of the BufOps
+        ("hash_next", "u4"),
+        ("lru_prev", "u4"),
+        ("lru_next", "u4"),
+        ("dirty_prev", "u4"),
+        ("dirty_next", "u4"),
+        ("data", "u4"),  # pfn of the folio or index of the slab object
+    ]
+)
+assert BUF.itemsize == 64
+
+F_VALID, F_DIRTY, F_WRITING, F_STALE, F_REFERENCED = 1, 2, 4, 8, 16
+
+# Words of the cache's head array.
+H_LRU_FIRST, H_LRU_LAST, H_DIRTY_FIRST, H_DIRTY_LAST, H_COUNT, H_DIRTY, H_MASK, H_WORDS = range(8)
+
+
+def _no_fault(geo: Geometry, buf: Buf, owner: int | None) -> str:
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
+class BufOps:
+    """What a kind of metadata block is: its checks, and where its CRC is.
+
+    `verify(geo, buf, owner)` returns a reason, or "" if the block is sound. `crc_offset` is None
+    for inode clusters, whose inodes carry a CRC each. `log_type` is the log's content type.
+    """
+
+    name: str
+    crc_offset: int | None
+    verify: Callable[[Geometry, Buf, int | None], str] = _no_fault
+    log_type: int = 0
+
+
+class Buf:
+    """A held buffer. Valid until it is released; kernels take `(buf.mem, buf.addr)`."""
+
+    __slots__ = ("_cache", "addr", "daddr", "handle", "mem", "size")
+
+    def __init__(self, cache: BufCache, handle: int) -> None:
+        record = cache.table[handle]
+        self._cache = cache
+        self.handle = handle
+        self.mem: np.ndarray[Any, np.dtype[np.uint8]] = cache.mem
+        self.addr = int(record["addr"])
+        self.size = int(record["size"])
+        self.daddr = int(record["daddr"])
+
+    @property
+    def bbs(self) -> int:
+        return self.size >> L.BB_LOG
+
+    @property
+    def data(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return self.mem[self.addr : self.addr + self.size]
+
+    @property
+    def ops(self) -> BufOps:
+        return self._cache.ops_of(self.handle)
+
+    @ops.setter
+    def ops(self, ops: BufOps) -> None:
+        self._cache.set_ops(self.handle, ops)
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._cache.flags[self.handle] & F_DIRTY)
+
+    def rec(self, dtype: np.dtype[Any], at: int = 0) -> Any:
+        """The structure at byte `at` as a record; assignments go to the buffer."""
+        start = self.addr + at
+        return self.mem[start : start + dtype.itemsize].view(dtype)[0]
+
+
+# -- kernels --------------------------------------------------------------------------------------
+# `t` is the slab table (the arena as BUF records), `head` the cache's words, `buckets` the hash.
+
+
+def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (np.zeros(1, BUF), np.zeros(H_WORDS, np.int64), *rest)
+
+
+_BUCKETS = np.zeros(1, np.uint32)
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _lookup(t, head, buckets, daddr):
+    h = np.int64(buckets[((daddr * 0x9E3779B1) >> 8) & head[H_MASK]])
+    while h != 0 and t[h].daddr != daddr:
+        h = np.int64(t[h].hash_next)
+    return h
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _hold(t, head, buckets, daddr):
+    """Find a valid buffer and hold it; 0 if there is none, -1 if its read is under way."""
+    h = _lookup(t, head, buckets, daddr)
+    if h == 0:
+        return 0
+    if not t[h].flags & F_VALID:
+        return -1
+    t[h].hold += 1
+    t[h].flags |= F_REFERENCED
+    return h
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _insert(t, head, buckets, h):
+    slot = ((t[h].daddr * 0x9E3779B1) >> 8) & head[H_MASK]
+    t[h].hash_next = buckets[slot]
+    buckets[slot] = h
+    last = head[H_LRU_LAST]
+    t[h].lru_prev, t[h].lru_next = last, 0
+    if last:
+        t[last].lru_next = h
+    else:
+        head[H_LRU_FIRST] = h
+    head[H_LRU_LAST] = h
+    head[H_COUNT] += 1
+
+
+@kernel(_table_args(1))
+def _lru_unlink(t, head, h):
+    before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
+    if before:
+        t[before].lru_next = after
+    else:
+        head[H_LRU_FIRST] = after
+    if after:
+        t[after].lru_prev = before
+    else:
+        head[H_LRU_LAST] = before
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _remove(t, head, buckets, h):
+    slot = ((t[h].daddr * 0x9E3779B1) >> 8) & head[H_MASK]
+    at = np.int64(buckets[slot])
+    if at == h:
+        buckets[slot] = t[h].hash_next
+    else:
+        while np.int64(t[at].hash_next) != h:
+            at = np.int64(t[at].hash_next)
+        t[at].hash_next = t[h].hash_next
+    _lru_unlink(t, head, h)
+    head[H_COUNT] -= 1
+
+
+@kernel(_table_args(1))
+def _mark_dirty(t, head, h):
+    if t[h].flags & F_DIRTY:
+        return
+    t[h].flags |= F_DIRTY
+    last = head[H_DIRTY_LAST]
+    t[h].dirty_prev, t[h].dirty_next = last, 0
+    if last:
+        t[last].dirty_next = h
+    else:
+        head[H_DIRTY_FIRST] = h
+    head[H_DIRTY_LAST] = h
+    head[H_DIRTY] += t[h].size
+
+
+@kernel(_table_args(1))
+def _mark_clean(t, head, h):
+    if not t[h].flags & F_DIRTY:
+        return
+    t[h].flags &= ~np.uint32(F_DIRTY)
+    before, after = np.int64(t[h].dirty_prev), np.int64(t[h].dirty_next)
+    if before:
+        t[before].dirty_next = after
+    else:
+        head[H_DIRTY_FIRST] = after
+    if after:
+        t[after].dirty_prev = before
+    else:
+        head[H_DIRTY_LAST] = before
+    head[H_DIRTY] -= t[h].size
+
+
+@kernel(_table_args(np.zeros(1, np.int64)))
+def _collect_dirty(t, head, out):
+    """Handles of dirty buffers that are not on their way already; returns how many."""
+    n, h = 0, head[H_DIRTY_FIRST]
+    while h and n < out.size:
+        if not t[h].flags & F_WRITING:
+            out[n] = h
+            n += 1
+        h = np.int64(t[h].dirty_next)
+    return n
+
+
+@kernel(_table_args(_BUCKETS, np.zeros(1, np.int64), 1))
+def _reclaim(t, head, buckets, out, scan):
+    """Take up to out.size idle buffers off the cold end; returns how many. Second chance."""
+    n = 0
+    for _ in range(scan):
+        h = head[H_LRU_FIRST]
+        if h == 0 or n == out.size:
+            break
+        idle = t[h].hold == 0 and not t[h].flags & (F_DIRTY | F_WRITING)
+        if idle and not t[h].flags & F_REFERENCED and t[h].flags & F_VALID:
+            _remove(t, head, buckets, h)
+            out[n] = h
+            n += 1
+            continue
+        t[h].flags &= ~np.uint32(F_REFERENCED)
+        _lru_unlink(t, head, h)
+        last = head[H_LRU_LAST]
+        t[h].lru_prev, t[h].lru_next = last, 0
+        if last:
+            t[last].lru_next = h
+        else:
+            head[H_LRU_FIRST] = h
+        head[H_LRU_LAST] = h
+    return n
+
+
+RECLAIM_BATCH = 128
+WRITE_BATCH = 4096  # buffers looked at in one pass of the writer
+
+
+class BufCache:
+    """All metadata buffers of one volume."""
+
+    name = "xfs_buf"
+
+    def __init__(
+        self, arena: Arena, device: Device, geo: Geometry, log: logging.Logger, *, paranoid: bool
+    ) -> None:
+        self._arena, self._device, self._geo, self._log = arena, device, geo, log
+        self._paranoid = paranoid  # run the verifier before every write, too
+        self.mem = arena.mem
+        self._slab = arena.slab("xfs_buf", BUF)
+        self.table = self._slab.table
+        self.flags = self.table["flags"]
+        self._small = {
+            size: arena.slab(f"xfs_buf-{size}", np.dtype([("bytes", "u1", (size,))]))
+            for size in (512, 1024, 2048)
+        }
+        self._head = np.zeros(H_WORDS, np.int64)
+        self._ops: list[BufOps] = []
+        self._ops_index: dict[int, int] = {}
+        self._reads: dict[int, trio.Event] = {}
+        self._writing = trio.Event()
+        self._found = np.zeros(RECLAIM_BATCH, np.int64)
+        self._writer = trio.Lock()
+        self.counts = {"reads": 0, "writes": 0, "merged_writes": 0, "corrupt": 0}
+
+    async def start(self) -> None:
+        """Take the memory that the cache itself needs: hash buckets and the writer's bounce."""
+        pages = max(1, self._arena.mem.size // PAGE_SIZE // 2048)
+        order = min(6, (pages - 1).bit_length())
+        pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
+        raw = self.mem[pfn * PAGE_SIZE : (pfn << 12) + (PAGE_SIZE << order)]
+        self._buckets = raw.view(np.uint32)
+        self._head[H_MASK] = self._buckets.size - 1
+        order = 4 if self._arena.mem.size < 64 << 20 else 6
+        self._bounce_pfn = await self._arena.alloc_folio(order, gfp.KERNEL)
+        self._bounce_bytes = PAGE_SIZE << order
+        self._arena.register_shrinker(self)
+
+    # -- lookup ---------------------------------------------------------------------------------
+
+    def ops_of(self, handle: int) -> BufOps:
+        return self._ops[int(self.table["ops"][handle])]
+
+    def set_ops(self, handle: int, ops: BufOps) -> None:
+        index = self._ops_index.get(id(ops))
+        if index is None:
+            index = self._ops_index[id(ops)] = len(self._ops)
+            self._ops.append(ops)
+        self.table["ops"][handle] = index
+
+    async def read(self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None) -> Buf:
+        """Hold a verified buffer. Raises Corrupt, or OSError from the device."""
+        while True:
+            handle = _hold(self.table, self._head, self._buckets, daddr)
+            if handle > 0:
+                buf = Buf(self, handle)
+                self._check_cached(buf, bbs, ops, owner)
+                return buf
+            under_way = self._reads.get(daddr)
+            if under_way is None:
+                return await self._read_device(daddr, bbs, ops, owner)
+            await under_way.wait()
+
+    def find(self, daddr: int) -> Buf | None:
+        """Hold the buffer if it is in core; nothing is read or verified."""
+        handle = _hold(self.table, self._head, self._buckets, daddr)
+        return Buf(self, handle) if handle > 0 else None
+
+    def _check_cached(self, buf: Buf, bbs: int, ops: BufOps, owner: int | None) -> None:
+        """A block that is asked for as something else than it was read as is checked again."""
+        fault = ""
+        if buf.bbs != bbs:
+            fault = f"used with {bbs} and {buf.bbs} basic blocks"
+        elif buf.ops is not ops or self.table["owner"][buf.handle] != (owner or 0):
+            fault = ops.verify(self._geo, buf, owner)
+            if not fault:
+                buf.ops = ops
+                self.table["owner"][buf.handle] = owner or 0
+        if fault:
+            self.release(buf.handle)
+            raise self._corrupt(ops, buf.daddr, fault)
+
+    async def _read_device(self, daddr: int, bbs: int, ops: BufOps, owner: int | None) -> Buf:
+        if daddr < 0 or (daddr + bbs) << L.BB_LOG > self._device.size:
+            raise self._corrupt(ops, daddr, "beyond the end of the device")
+        done = self._reads[daddr] = trio.Event()
+        handle = 0
+        try:
+            handle = await self._new(daddr, bbs << L.BB_LOG, ops)
+            buf = Buf(self, handle)
+            _insert(self.table, self._head, self._buckets, handle)
+            self.counts["reads"] += 1
+            await self._device.read(daddr << L.BB_LOG, [buf.data.data])
+            fault = ""
+            if ops.crc_offset is not None and not crc_ok(
+                buf.mem, buf.addr, buf.size, ops.crc_offset
+            ):
+                fault = "wrong checksum"
+            fault = fault or ops.verify(self._geo, buf, owner)
+            if fault:
+                raise self._corrupt(ops, daddr, fault)
+            self.table["owner"][handle] = owner or 0
+            self.flags[handle] |= F_VALID
+            return buf
+        except BaseException:
+            if handle:
+                self._forget(handle)
+            raise
+        finally:
+            del self._reads[daddr]
+            done.set()
+
+    async def get(self, daddr: int, bbs: int, ops: BufOps) -> Buf:
+        """Hold a buffer for a newly allocated block: zeroed, not read."""
+        while True:
+            handle = _hold(self.table, self._head, self._buckets, daddr)
+            under_way = self._reads.get(daddr)
+            if handle <= 0 and under_way is not None:
+                await under_way.wait()
+                continue
+            if handle > 0:
+                buf = Buf(self, handle)
+                assert buf.bbs == bbs, "a freed block kept its buffer"
+            else:
+                done = self._reads[daddr] = trio.Event()
+                handle = await self._new(daddr, bbs << L.BB_LOG, ops)
+                _insert(self.table, self._head, self._buckets, handle)
+                self.flags[handle] |= F_VALID
+                del self._reads[daddr]
+                done.set()
+                buf = Buf(self, handle)
+            buf.data[:] = 0
+            buf.ops = ops
+            self.table["owner"][handle] = 0
+            return buf
+
+    async def _new(self, daddr: int, size: int, ops: BufOps) -> int:
+        """A descriptor with data memory, held once, not yet findable."""
+        handle = await self._slab.alloc()
+        record = self.table[handle]
+        if size >= PAGE_SIZE:
+            data = await self._arena.alloc_folio((size // PAGE_SIZE - 1).bit_length())
+            record["addr"] = data * PAGE_SIZE
+        else:
+            data = await self._small[size].alloc()
+            record["addr"] = data * size
+        record["data"], record["daddr"], record["size"] = data, daddr, size
+        record["hold"], record["flags"] = 1, F_REFERENCED
+        self.set_ops(handle, ops)
+        return handle
+
+    def _corrupt(self, ops: BufOps, daddr: int, fault: str) -> Corrupt:
+        self.counts["corrupt"] += 1
+        self._log.error("corrupt %s at daddr %d: %s; run xfs_repair", ops.name, daddr, fault)
+        return Corrupt(f"corrupt {ops.name} at daddr {daddr}: {fault}")
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def release(self, handle: int) -> None:
+        """Drop one hold."""
+        record = self.table[handle]
+        assert record["hold"] > 0
+        record["hold"] -= 1
+        if record["flags"] & F_STALE and not record["hold"] and not record["flags"] & F_WRITING:
+            self._free(handle)
+
+    def mark_dirty(self, handle: int) -> None:
+        """The buffer was modified."""
+        assert self.flags[handle] & F_VALID
+        assert not self.flags[handle] & F_STALE
+        _mark_dirty(self.table, self._head, handle)
+
+    def invalidate(self, handle: int) -> None:
+        """The block was freed: forget it without writing. The caller holds it."""
+        if self.flags[handle] & F_STALE:
+            return
+        _mark_clean(self.table, self._head, handle)
+        _remove(self.table, self._head, self._buckets, handle)
+        self.flags[handle] |= F_STALE
+
+    def _forget(self, handle: int) -> None:
+        _remove(self.table, self._head, self._buckets, handle)
+        self._free(handle)
+
+    def _free(self, handle: int) -> None:
+        record = self.table[handle]
+        size, data = int(record["size"]), int(record["data"])
+        record["daddr"] = -1
+        if size >= PAGE_SIZE:
+            self._arena.put_folio(data)
+        else:
+            self._small[size].free(data)
+        self._slab.free(handle)
+
+    # -- shrinker -------------------------------------------------------------------------------
+
+    def count_objects(self) -> int:
+        return int(self._head[H_COUNT])
+
+    def scan_objects(self, nr: int, gfp_flags: int) -> int:
+        """Free up to `nr` idle buffers; never waits."""
+        freed, scanned = 0, 0
+        while scanned < nr:
+            batch = min(RECLAIM_BATCH, nr - scanned)
+            out = self._found[:batch]
+            n = _reclaim(self.table, self._head, self._buckets, out, batch)
+            for handle in out[:n].tolist():
+                self._free(handle)
+            freed, scanned = freed + n, scanned + batch
+        return freed
+
+    # -- writing --------------------------------------------------------------------------------
+
+    @property
+    def dirty_bytes(self) -> int:
+        return int(self._head[H_DIRTY])
+
+    async def write_dirty(self) -> None:
+        """Write every buffer that is dirty now, in device order. The caller flushes the device.
+
+        Raises OSError from the device; the buffers not written stay dirty.
+        """
+        async with self._writer:
+            out = np.zeros(WRITE_BATCH, np.int64)
+            rounds = 1 + int(self._head[H_COUNT]) // WRITE_BATCH
+            for _ in range(rounds):
+                n = _collect_dirty(self.table, self._head, out)
+                if n == 0:
+                    return
+                order = np.argsort(self.table["daddr"][out[:n]], kind="stable")
+                await self._write_sorted(out[:n][order].tolist())
+
+    async def _write_sorted(self, handles: Sequence[int]) -> None:
+        next_index = 0
+        while next_index < len(handles):
+            next_index, run, end = self._fill_bounce(handles, next_index)
+            if run:
+                await self._write_run(run, end)
+
+    def _fill_bounce(self, handles: Sequence[int], index: int) -> tuple[int, list[int], int]:
+        """Stamp and copy neighbours into the bounce until there is a gap or it is full.
+
+        Returns the index to go on from, the buffers copied and the end of the copy. Looks at each
+        buffer anew, because buffers come and go while earlier runs are written.
+        """
+        start = at = self._bounce_pfn * PAGE_SIZE
+        run: list[int] = []
+        expected = -1
+        while index < len(handles):
+            handle = handles[index]
+            if self.flags[handle] & F_DIRTY:
+                buf = Buf(self, handle)
+                if run and (buf.daddr != expected or at + buf.size > start + self._bounce_bytes):
+                    break
+                self._stamp(buf)
+                self.mem[at : at + buf.size] = buf.data
+                at, expected = at + buf.size, buf.daddr + buf.bbs
+                _mark_clean(self.table, self._head, handle)
+                self.flags[handle] |= F_WRITING
+                run.append(handle)
+            index += 1
+        return index, run, at
+
+    async def _write_run(self, run: Sequence[int], end: int) -> None:
+        start = self._bounce_pfn * PAGE_SIZE
+        offset = int(self.table["daddr"][run[0]]) << L.BB_LOG
+        done = self._writing = trio.Event()
+        try:
+            await self._device.write(offset, [self.mem[start:end].data])
+        except BaseException:
+            for handle in run:
+                if not self.flags[handle] & F_STALE:
+                    _mark_dirty(self.table, self._head, handle)
+            raise
+        finally:
+            done.set()
+            for handle in run:
+                self._written(handle)
+        self.counts["writes"] += len(run)
+        self.counts["merged_writes"] += 1
+
+    async def wait_written(self, handle: int) -> None:
+        """Wait until no write of this held buffer is on its way.
+
+        A freed block must not be reused while an old image of it may still reach the device.
+        """
+        while self.flags[handle] & F_WRITING:
+            await self._writing.wait()
+
+    def _written(self, handle: int) -> None:
+        self.flags[handle] &= ~np.uint32(F_WRITING)
+        if self.flags[handle] & F_STALE and not self.table["hold"][handle]:
+            self._free(handle)
+
+    def _stamp(self, buf: Buf) -> None:
+        ops = buf.ops
+        if self._paranoid:
+            fault = ops.verify(self._geo, buf, None)
+            if fault:
+                raise self._corrupt(ops, buf.daddr, f"about to be written: {fault}")
+        if ops.crc_offset is not None:
+            crc_stamp(buf.mem, buf.addr, buf.size, ops.crc_offset)

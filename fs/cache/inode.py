@@ -1,0 +1,481 @@
+"""The inode cache: in-core inodes in the arena, named by ino.
+
+An in-core inode is a slab record (the core in native form, the page-cache mapping, the links of
+the lists it is on) and an image of the inode's size whose literal area holds both forks in
+on-disk form. `Inode` is a short-lived view of it: two words, any number of them, equal by handle.
+
+References: every `get` counts one, FUSE's lookup count holds one while it is not zero, dirty
+data holds none. An inode without references stays cached until reclaim takes it, unless its last
+link is gone: then it is inactivated by a task of the volume's own.
+
+Invariants: one record per ino; a record with references, dirty state or pages is never reclaimed.
+Locking: trio thread only, atomic between awaits. IOLOCK and ILOCK are in the volume's lock tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import trio
+
+from alloc.arena import Arena
+from alloc.jit import kernel
+from fs.cache.mapping import MAPPING
+from fs.xfs import layout as L
+
+INODE = np.dtype(
+    [
+        # The core, as in layout.DINODE; times are bigtime: nanoseconds since 2^31 s before 1970.
+        ("ino", "u8"),
+        ("size", "i8"),  # bytes, what users see
+        ("disk_size", "i8"),  # bytes, what the image may say: data below it is stable
+        ("nblocks", "i8"),
+        ("atime", "u8"),
+        ("mtime", "u8"),
+        ("ctime", "u8"),
+        ("crtime", "u8"),
+        ("changecount", "u8"),
+        ("nextents", "i8"),
+        ("flags2", "u8"),
+        ("gen", "u4"),
+        ("uid", "u4"),
+        ("gid", "u4"),
+        ("nlink", "u4"),
+        ("projid", "u4"),
+        ("extsize", "u4"),
+        ("cowextsize", "u4"),
+        ("anextents", "u4"),
+        ("rdev", "u4"),  # as on disk: major << 18 | minor
+        ("mode", "u2"),
+        ("flags", "u2"),
+        ("forkoff", "u1"),
+        ("format", "u1"),
+        ("aformat", "u1"),
+        ("pad0", "u1"),
+        # What only memory knows.
+        ("image", "u4"),  # slab object with the forks
+        ("state", "u4"),
+        ("refs", "u4"),
+        ("nlookup", "u8"),  # FUSE's lookup count
+        ("hash_next", "u4"),
+        ("lru_prev", "u4"),
+        ("lru_next", "u4"),
+        ("dirty_prev", "u4"),
+        ("dirty_next", "u4"),
+        ("unlinked_prev", "u4"),  # agino in front of this one on its unlinked list, or 0
+        ("mapping", MAPPING),
+        ("pad", "u1", (240,)),
+    ]
+)
+assert INODE.itemsize == 512, INODE.itemsize
+assert INODE.fields is not None
+assert INODE.fields["mapping"][1] % 8 == 0
+
+S_VALID, S_DIRTY, S_LRU, S_REFERENCED, S_INACTIVE, S_BAD = 1, 2, 4, 8, 16, 32
+
+H_LRU_FIRST, H_LRU_LAST, H_DIRTY_FIRST, H_DIRTY_LAST, H_COUNT, H_DIRTY, H_MASK, H_WORDS = range(8)
+
+
+def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (np.zeros(1, INODE), np.zeros(H_WORDS, np.int64), *rest)
+
+
+_BUCKETS = np.zeros(1, np.uint32)
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _find(t, head, buckets, ino):
+    h = np.int64(buckets[((ino * 0x9E3779B1) >> 8) & head[H_MASK]])
+    while h != 0 and np.int64(t[h].ino) != ino:
+        h = np.int64(t[h].hash_next)
+    return h
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _insert(t, head, buckets, h):
+    slot = ((np.int64(t[h].ino) * 0x9E3779B1) >> 8) & head[H_MASK]
+    t[h].hash_next = buckets[slot]
+    buckets[slot] = h
+    head[H_COUNT] += 1
+
+
+@kernel(_table_args(_BUCKETS, 1))
+def _remove(t, head, buckets, h):
+    slot = ((np.int64(t[h].ino) * 0x9E3779B1) >> 8) & head[H_MASK]
+    at = np.int64(buckets[slot])
+    if at == h:
+        buckets[slot] = t[h].hash_next
+    else:
+        while np.int64(t[at].hash_next) != h:
+            at = np.int64(t[at].hash_next)
+        t[at].hash_next = t[h].hash_next
+    head[H_COUNT] -= 1
+
+
+@kernel(_table_args(_BUCKETS, np.zeros(1, np.int64)))
+def _collect(t, head, buckets, out):
+    """Handles of all records; returns how many."""
+    n = 0
+    for slot in range(buckets.size):
+        h = np.int64(buckets[slot])
+        while h != 0 and n < out.size:
+            out[n] = h
+            n += 1
+            h = np.int64(t[h].hash_next)
+    return n
+
+
+@kernel(_table_args(1))
+def _lru_add(t, head, h):
+    if t[h].state & S_LRU:
+        return
+    t[h].state |= S_LRU
+    last = head[H_LRU_LAST]
+    t[h].lru_prev, t[h].lru_next = last, 0
+    if last:
+        t[last].lru_next = h
+    else:
+        head[H_LRU_FIRST] = h
+    head[H_LRU_LAST] = h
+
+
+@kernel(_table_args(1))
+def _lru_remove(t, head, h):
+    if not t[h].state & S_LRU:
+        return
+    t[h].state &= ~np.uint32(S_LRU)
+    before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
+    if before:
+        t[before].lru_next = after
+    else:
+        head[H_LRU_FIRST] = after
+    if after:
+        t[after].lru_prev = before
+    else:
+        head[H_LRU_LAST] = before
+
+
+@kernel(_table_args(1))
+def _mark_dirty(t, head, h):
+    if t[h].state & S_DIRTY:
+        return
+    t[h].state |= S_DIRTY
+    last = head[H_DIRTY_LAST]
+    t[h].dirty_prev, t[h].dirty_next = last, 0
+    if last:
+        t[last].dirty_next = h
+    else:
+        head[H_DIRTY_FIRST] = h
+    head[H_DIRTY_LAST] = h
+    head[H_DIRTY] += 1
+
+
+@kernel(_table_args(1))
+def _mark_clean(t, head, h):
+    if not t[h].state & S_DIRTY:
+        return
+    t[h].state &= ~np.uint32(S_DIRTY)
+    before, after = np.int64(t[h].dirty_prev), np.int64(t[h].dirty_next)
+    if before:
+        t[before].dirty_next = after
+    else:
+        head[H_DIRTY_FIRST] = after
+    if after:
+        t[after].dirty_prev = before
+    else:
+        head[H_DIRTY_LAST] = before
+    head[H_DIRTY] -= 1
+
+
+def _field(name: str) -> Any:
+    def read(self: Inode) -> int:
+        return int(self._fields[name][self.handle])
+
+    def write(self: Inode, value: int) -> None:
+        self._fields[name][self.handle] = value
+
+    return property(read, write, doc=f"The in-core record's {name}.")
+
+
+class Inode:
+    """View of one in-core inode; attributes read and write the arena."""
+
+    __slots__ = ("_cache", "_fields", "handle")
+
+    def __init__(self, cache: InodeCache, handle: int) -> None:
+        self._cache = cache
+        self._fields = cache.fields
+        self.handle = handle
+
+    ino = _field("ino")
+    size = _field("size")
+    disk_size = _field("disk_size")
+    nblocks = _field("nblocks")
+    atime = _field("atime")
+    mtime = _field("mtime")
+    ctime = _field("ctime")
+    crtime = _field("crtime")
+    changecount = _field("changecount")
+    nextents = _field("nextents")
+    anextents = _field("anextents")
+    flags = _field("flags")
+    flags2 = _field("flags2")
+    gen = _field("gen")
+    uid = _field("uid")
+    gid = _field("gid")
+    nlink = _field("nlink")
+    projid = _field("projid")
+    extsize = _field("extsize")
+    cowextsize = _field("cowextsize")
+    rdev = _field("rdev")
+    mode = _field("mode")
+    forkoff = _field("forkoff")
+    format = _field("format")
+    aformat = _field("aformat")
+    state = _field("state")
+    refs = _field("refs")
+    nlookup = _field("nlookup")
+    unlinked_prev = _field("unlinked_prev")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Inode) and other.handle == self.handle
+
+    def __hash__(self) -> int:
+        return self.handle
+
+    def __repr__(self) -> str:
+        return f"<inode {self.ino:#x} handle {self.handle}>"
+
+    @property
+    def image_addr(self) -> int:
+        """Byte offset in the arena of the inode's image; the literal area is 176 bytes in."""
+        return int(self._fields["image"][self.handle]) << self._cache.inode_log
+
+    @property
+    def data_fork(self) -> tuple[int, int]:
+        """Address and size in bytes of the data fork's literal area."""
+        forkoff = self.forkoff << 3
+        return self.image_addr + L.LITERAL, forkoff or self._cache.literal_size
+
+    @property
+    def attr_fork(self) -> tuple[int, int]:
+        """Address and size in bytes of the attr fork's literal area; size 0 if there is none."""
+        forkoff = self.forkoff << 3
+        size = self._cache.literal_size - forkoff if forkoff else 0
+        return self.image_addr + L.LITERAL + forkoff, size
+
+
+class InodeCache:
+    """All in-core inodes of one volume.
+
+    `read_image(ip)` fills a fresh record from the image; `busy(handle)` says whether the page
+    cache still needs it, `evict(handle)` drops its clean folios, and `inactivate(ip)` is started
+    as a task when the last reference of an unlinked inode goes. The volume supplies all four.
+    """
+
+    name = "xfs_inode"
+
+    def __init__(self, arena: Arena, inode_log: int) -> None:
+        self._arena = arena
+        self.inode_log = inode_log
+        self.literal_size = (1 << inode_log) - L.LITERAL
+        self._slab = arena.slab("xfs_inode", INODE)
+        size = 1 << inode_log
+        self._images = arena.slab(f"xfs_ifork-{size}", np.dtype([("bytes", "u1", (size,))]))
+        self.table = self._slab.table
+        self.fields = {name: self.table[name] for name in INODE.names or ()}
+        self._head = np.zeros(H_WORDS, np.int64)
+        self._loads: dict[int, trio.Event] = {}
+        self.read_image: Callable[[Inode], Any]
+        self.busy: Callable[[int], bool] = lambda handle: False
+        self.evict: Callable[[int], None] = lambda handle: None
+        self.start_inactivation: Callable[[Inode], None]
+
+    async def start(self) -> None:
+        """Take the memory of the hash buckets."""
+        pages = max(1, self._arena.mem.size // 4096 // 2048)
+        order = min(6, (pages - 1).bit_length())
+        pfn = await self._arena.alloc_folio(order)
+        raw = self._arena.mem[pfn * 4096 : (pfn << 12) + (4096 << order)]
+        raw[:] = 0
+        self._buckets = raw.view(np.uint32)
+        self._head[H_MASK] = self._buckets.size - 1
+        self._arena.register_shrinker(self)
+
+    # -- references -----------------------------------------------------------------------------
+
+    def hold(self, handle: int) -> Inode:
+        """One more reference of an in-core inode."""
+        refs = self.fields["refs"]
+        refs[handle] += 1
+        if refs[handle] == 1:
+            _lru_remove(self.table, self._head, handle)
+        return Inode(self, handle)
+
+    def find(self, ino: int) -> Inode | None:
+        """The inode if it is in core and in use: one reference; None otherwise."""
+        handle = _find(self.table, self._head, self._buckets, ino)
+        if not handle or not self.fields["state"][handle] & S_VALID:
+            return None
+        if not self.fields["mode"][handle]:
+            return None
+        return self.hold(handle)
+
+    async def get(self, ino: int) -> Inode:
+        """A reference of an inode in use.
+
+        Raises OSError(ENOENT) for a free one, Corrupt for a broken one, OSError(EIO).
+        """
+        while True:
+            under_way = self._loads.get(ino)
+            if under_way is not None:
+                await under_way.wait()
+                continue
+            handle = _find(self.table, self._head, self._buckets, ino)
+            if not handle:
+                return await self._load(ino)
+            if not self.fields["mode"][handle]:
+                raise FileNotFoundError(2, f"inode {ino} is free")
+            return self.hold(handle)
+
+    async def _load(self, ino: int) -> Inode:
+        done = self._loads[ino] = trio.Event()
+        ip: Inode | None = None
+        try:
+            ip = await self._new(ino)
+            await self.read_image(ip)
+            if not ip.mode:
+                raise FileNotFoundError(2, f"inode {ino} is free")
+            ip.state |= S_VALID
+            return ip
+        except BaseException:
+            if ip is not None:
+                self._drop(ip.handle)
+            raise
+        finally:
+            del self._loads[ino]
+            done.set()
+
+    async def _new(self, ino: int) -> Inode:
+        """A record with one reference, findable but not valid."""
+        image = await self._images.alloc()
+        handle = await self._slab.alloc()
+        self.fields["ino"][handle] = ino
+        self.fields["image"][handle] = image
+        self.fields["refs"][handle] = 1
+        _insert(self.table, self._head, self._buckets, handle)
+        return Inode(self, handle)
+
+    async def create(self, ino: int, gen: int) -> Inode:
+        """The in-core inode of a freshly allocated ino: one reference, everything else zero.
+
+        If the freed inode is still in core, its generation is newer than the image's and stays.
+        """
+        while ino in self._loads:
+            await self._loads[ino].wait()
+        handle = _find(self.table, self._head, self._buckets, ino)
+        if not handle:
+            done = self._loads[ino] = trio.Event()
+            ip = await self._new(ino)
+            ip.state |= S_VALID
+            del self._loads[ino]
+            done.set()
+        else:
+            assert not self.fields["mode"][handle], f"inode {ino} is allocated and in use"
+            ip, gen = self.hold(handle), int(self.fields["gen"][handle])
+            self._reset(ip)
+        ip.gen = gen
+        return ip
+
+    def _reset(self, ip: Inode) -> None:
+        """Zero the core of a freed inode that is used again, and its forks."""
+        for name in ("size", "disk_size", "nblocks", "nextents", "anextents", "flags2", "flags"):
+            self.fields[name][ip.handle] = 0
+        for name in ("projid", "extsize", "cowextsize", "rdev", "forkoff", "unlinked_prev"):
+            self.fields[name][ip.handle] = 0
+        ip.state &= ~S_INACTIVE
+        self._images.table["bytes"][int(self.fields["image"][ip.handle])] = 0
+
+    def put(self, ip: Inode) -> None:
+        """Drop one reference."""
+        handle = ip.handle
+        refs = self.fields["refs"]
+        assert refs[handle] > 0
+        refs[handle] -= 1
+        if refs[handle]:
+            return
+        mode, nlink = self.fields["mode"][handle], self.fields["nlink"][handle]
+        if mode and not nlink and not ip.state & (S_INACTIVE | S_BAD):
+            ip.state |= S_INACTIVE
+            self.start_inactivation(self.hold(handle))
+            return
+        self.fields["state"][handle] |= S_REFERENCED
+        _lru_add(self.table, self._head, handle)
+
+    def handles(self) -> list[int]:
+        """Every in-core inode's handle; O(inodes), for unmount and reports."""
+        out = np.zeros(int(self._head[H_COUNT]), np.int64)
+        n = _collect(self.table, self._head, self._buckets, out)
+        return [int(h) for h in out[:n]]
+
+    # -- dirty state ----------------------------------------------------------------------------
+
+    def mark_dirty(self, ip: Inode) -> None:
+        """Core or forks differ from the inode's cluster buffer."""
+        _mark_dirty(self.table, self._head, ip.handle)
+
+    def mark_clean(self, ip: Inode) -> None:
+        _mark_clean(self.table, self._head, ip.handle)
+
+    def first_dirty(self) -> Inode | None:
+        """The inode that has been dirty longest."""
+        handle = int(self._head[H_DIRTY_FIRST])
+        return Inode(self, handle) if handle else None
+
+    @property
+    def dirty_count(self) -> int:
+        return int(self._head[H_DIRTY])
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def drop_chunk(self, first_ino: int, count: int) -> None:
+        """Forget the free inodes of a chunk whose blocks are being freed; none may be in use."""
+        for ino in range(first_ino, first_ino + count):
+            handle = _find(self.table, self._head, self._buckets, ino)
+            if not handle:
+                continue
+            assert not self.fields["mode"][handle], f"inode {ino} of a freed chunk is in use"
+            ip = Inode(self, handle)
+            self.mark_clean(ip)
+            if not ip.refs:
+                self._drop(handle)
+
+    def _drop(self, handle: int) -> None:
+        _mark_clean(self.table, self._head, handle)
+        _lru_remove(self.table, self._head, handle)
+        _remove(self.table, self._head, self._buckets, handle)
+        self._images.free(int(self.fields["image"][handle]))
+        self._slab.free(handle)
+
+    def count_objects(self) -> int:
+        return int(self._head[H_COUNT])
+
+    def scan_objects(self, nr: int, gfp_flags: int) -> int:
+        """Free up to `nr` unreferenced clean inodes from the cold end; never waits."""
+        freed = 0
+        state = self.fields["state"]
+        for _ in range(min(nr, int(self._head[H_COUNT]))):
+            handle = int(self._head[H_LRU_FIRST])
+            if not handle:
+                break
+            _lru_remove(self.table, self._head, handle)
+            if state[handle] & (S_DIRTY | S_REFERENCED) or self.busy(handle):
+                state[handle] &= ~np.uint32(S_REFERENCED)
+                _lru_add(self.table, self._head, handle)
+                continue
+            self.evict(handle)
+            self._drop(handle)
+            freed += 1
+        return freed

@@ -1,0 +1,389 @@
+"""The radix tree of a mapping: file page index -> folio, with dirty, towrite and writeback tags.
+
+A node is a slab record of 512 bytes with 64 slots. A slot holds the pfn of a folio's first page,
+or (bit 31 set) the handle of a node one level down; 0 is empty. A folio of order n covers 2^n
+indices: all slots of it name it, orders of six and more sit one level up for each six, and its
+tags are kept on its first slot. A tag bit in a node says that something below carries the tag.
+Nodes are never empty; an empty tree has no node at all.
+
+The root (`ROOT`) lies in the record of the object that owns the mapping; kernels get its word
+index in `m4`, the arena viewed as 32-bit words (`m8`: as 64-bit words). Entry points take the
+root's spin lock, so that any thread may call them; the helpers expect it held. Nothing here
+allocates or waits: `insert` is handed spare nodes and says how many it wants.
+"""
+
+import numpy as np
+
+from alloc.atomic import spin_lock, spin_unlock
+from alloc.jit import helper, kernel
+
+SLOTS = 64
+DIRTY, TOWRITE, WRITEBACK = 0, 1, 2
+ANY = -1  # instead of a tag: every folio
+
+NODE = np.dtype(
+    [
+        ("slots", "<u4", SLOTS),
+        ("tags", "<u8", 3),  # dirty, towrite, writeback: one bit a slot
+        ("parent", "<u4"),  # handle, 0 for the top node
+        ("offset", "<u4"),  # slot in the parent
+        ("count", "<u4"),  # slots in use
+        ("pad", "V220"),
+    ]
+)
+ROOT = np.dtype(
+    [
+        ("node", "<u4"),  # handle of the top node, 0 = empty
+        ("height", "<u4"),  # levels of nodes
+        ("nrpages", "<u4"),  # pages of all folios
+        ("lock", "<u4"),  # spin lock of tree, tags and folio flags of the mapping
+    ]
+)
+assert NODE.itemsize == 512
+NODE_BIT = 1 << 31
+WORDS = NODE.itemsize // 4  # of m4 in a node
+TAG_AT = 32  # first tag word of a node, in m8 words
+PARENT, OFFSET, COUNT = 70, 71, 72
+R_NODE, R_HEIGHT, R_NRPAGES, R_LOCK = 0, 1, 2, 3
+EXISTS = -1000  # insert: some index of the range is taken
+
+
+@helper
+def first_bit(bits):
+    """Number of the lowest set bit of a uint64 that is not 0."""
+    n = 0
+    step = 32
+    while step:
+        if bits & ((np.uint64(1) << np.uint64(step)) - np.uint64(1)) == np.uint64(0):
+            bits >>= np.uint64(step)
+            n += step
+        step >>= 1
+    return n
+
+
+@helper
+def find_entry(m4, root, index):
+    """pfn of the folio over `index`, or 0."""
+    node = np.int64(m4[root + R_NODE])
+    shift = (np.int64(m4[root + R_HEIGHT]) - 1) * 6
+    if node == 0 or index >> (shift + 6) != 0:
+        return np.int64(0)
+    while True:
+        entry = np.int64(m4[node * WORDS + ((index >> shift) & 63)])
+        if entry & NODE_BIT == 0:
+            return entry
+        node = entry ^ NODE_BIT
+        shift -= 6
+
+
+@helper
+def _next_slot(m4, m8, orders, node, shift, offset, tag):
+    """First slot >= offset of a node that is in use or tagged, 64 if none."""
+    if tag < 0:
+        while offset < 64 and m4[node * WORDS + offset] == 0:
+            offset += 1
+        return offset
+    entry = np.int64(m4[node * WORDS + offset])
+    if entry != 0 and entry & NODE_BIT == 0:
+        offset &= ~((1 << (np.int64(orders[entry]) - shift)) - 1)
+    bits = m8[node * 64 + TAG_AT + tag] >> np.uint64(offset)
+    if bits == np.uint64(0):
+        return 64
+    return offset + first_bit(bits)
+
+
+@helper
+def next_entry(m4, m8, orders, root, index, last, tag):
+    """pfn of the first folio with an index in [index, last] (and the tag), or 0."""
+    while index <= last:
+        node = np.int64(m4[root + R_NODE])
+        shift = (np.int64(m4[root + R_HEIGHT]) - 1) * 6
+        if node == 0 or index >> (shift + 6) != 0:
+            return np.int64(0)
+        while True:
+            offset = (index >> shift) & 63
+            slot = _next_slot(m4, m8, orders, node, shift, offset, tag)
+            if slot == 64:
+                break
+            if slot != offset:
+                index = ((index >> (shift + 6)) << (shift + 6)) | (slot << shift)
+            entry = np.int64(m4[node * WORDS + slot])
+            if entry & NODE_BIT == 0:
+                return entry if index <= last else np.int64(0)
+            node = entry ^ NODE_BIT
+            shift -= 6
+        index = ((index >> (shift + 6)) + 1) << (shift + 6)
+    return np.int64(0)
+
+
+@helper
+def _levels(index, order):
+    """Levels a tree needs for a folio of this order at this index."""
+    levels = order // 6 + 1
+    last = index + (1 << order) - 1
+    while last >> (6 * levels) != 0:
+        levels += 1
+    return levels
+
+
+@helper
+def _take(m4, node):
+    """Clear a spare node."""
+    for word in range(node * WORDS, node * WORDS + COUNT + 1):
+        m4[word] = 0
+    return node
+
+
+@helper
+def _adopt(m4, m8, parent, slot, child):
+    """Hang a node under another one, tags included."""
+    m4[parent * WORDS + slot] = child | NODE_BIT
+    m4[parent * WORDS + COUNT] += 1
+    m4[child * WORDS + PARENT] = parent
+    m4[child * WORDS + OFFSET] = slot
+    for tag in range(3):
+        if m8[child * 64 + TAG_AT + tag] != np.uint64(0):
+            m8[parent * 64 + TAG_AT + tag] |= np.uint64(1) << np.uint64(slot)
+
+
+@helper
+def insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare):
+    """Put a folio in: spare nodes used (>= 0), -n when n spare nodes are wanted, or EXISTS.
+
+    Spare nodes are taken from the end of spare[:nspare]. Nothing is changed on a negative code.
+    """
+    if next_entry(m4, m8, orders, root, index, index + (1 << order) - 1, ANY) != 0:
+        return EXISTS
+    levels = max(_levels(index, order), np.int64(m4[root + R_HEIGHT]))
+    want = 2 * levels - np.int64(m4[root + R_HEIGHT])
+    if nspare < want:
+        return -want
+    left = nspare
+    node = np.int64(m4[root + R_NODE])
+    while node == 0 or np.int64(m4[root + R_HEIGHT]) < levels:
+        left -= 1
+        top = _take(m4, np.int64(spare[left]))
+        if node == 0:
+            m4[root + R_HEIGHT] = levels
+        else:
+            _adopt(m4, m8, top, 0, node)
+            m4[root + R_HEIGHT] += 1
+        m4[root + R_NODE] = top
+        node = top
+    shift = (levels - 1) * 6
+    while shift > (order // 6) * 6:
+        slot = (index >> shift) & 63
+        entry = np.int64(m4[node * WORDS + slot])
+        if entry == 0:
+            left -= 1
+            entry = _take(m4, np.int64(spare[left])) | NODE_BIT
+            _adopt(m4, m8, node, slot, entry ^ NODE_BIT)
+        node = entry ^ NODE_BIT
+        shift -= 6
+    slots = 1 << (order - shift)
+    first = node * WORDS + ((index >> shift) & 63)
+    for word in range(first, first + slots):
+        m4[word] = pfn
+    m4[node * WORDS + COUNT] += slots
+    m4[root + R_NRPAGES] += 1 << order
+    return nspare - left
+
+
+@helper
+def _leaf(m4, orders, root, index):
+    """(node, first slot, slots) of the folio over `index`; it must be there."""
+    node = np.int64(m4[root + R_NODE])
+    shift = (np.int64(m4[root + R_HEIGHT]) - 1) * 6
+    while True:
+        slot = (index >> shift) & 63
+        entry = np.int64(m4[node * WORDS + slot])
+        if entry & NODE_BIT == 0:
+            slots = 1 << (np.int64(orders[entry]) - shift)
+            return node, slot & ~(slots - 1), slots
+        node = entry ^ NODE_BIT
+        shift -= 6
+
+
+@helper
+def set_tag(m4, m8, orders, root, index, tag):
+    """Tag the folio over `index`."""
+    node, slot, _ = _leaf(m4, orders, root, index)
+    while True:
+        bit = np.uint64(1) << np.uint64(slot)
+        word = node * 64 + TAG_AT + tag
+        if m8[word] & bit != np.uint64(0):
+            return
+        m8[word] |= bit
+        slot = np.int64(m4[node * WORDS + OFFSET])
+        node = np.int64(m4[node * WORDS + PARENT])
+        if node == 0:
+            return
+
+
+@helper
+def _clear_bit(m4, m8, node, slot, tag):
+    while node != 0:
+        word = node * 64 + TAG_AT + tag
+        m8[word] &= ~(np.uint64(1) << np.uint64(slot))
+        if m8[word] != np.uint64(0):
+            return
+        slot = np.int64(m4[node * WORDS + OFFSET])
+        node = np.int64(m4[node * WORDS + PARENT])
+
+
+@helper
+def clear_tag(m4, m8, orders, root, index, tag):
+    """Take the tag from the folio over `index`."""
+    node, slot, _ = _leaf(m4, orders, root, index)
+    _clear_bit(m4, m8, node, slot, tag)
+
+
+@helper
+def has_tag(m4, m8, orders, root, index, tag):
+    """Whether the folio over `index` carries the tag."""
+    node, slot, _ = _leaf(m4, orders, root, index)
+    return (m8[node * 64 + TAG_AT + tag] >> np.uint64(slot)) & np.uint64(1) != np.uint64(0)
+
+
+@helper
+def tree_tagged(m4, m8, root, tag):
+    """Whether anything in the tree carries the tag."""
+    node = np.int64(m4[root + R_NODE])
+    return node != 0 and m8[node * 64 + TAG_AT + tag] != np.uint64(0)
+
+
+@helper
+def erase_entry(m4, m8, orders, root, index, freed, nfreed):
+    """Take the folio over `index` out; nodes no longer used go to freed[nfreed:], count returned.
+
+    At most one node per level is freed.
+    """
+    node, first, slots = _leaf(m4, orders, root, index)
+    pfn = np.int64(m4[node * WORDS + first])
+    for tag in range(3):
+        _clear_bit(m4, m8, node, first, tag)
+    for word in range(node * WORDS + first, node * WORDS + first + slots):
+        m4[word] = 0
+    m4[node * WORDS + COUNT] -= slots
+    m4[root + R_NRPAGES] -= 1 << np.int64(orders[pfn])
+    while m4[node * WORDS + COUNT] == 0:
+        parent = np.int64(m4[node * WORDS + PARENT])
+        freed[nfreed] = node
+        nfreed += 1
+        if parent == 0:
+            m4[root + R_NODE] = 0
+            m4[root + R_HEIGHT] = 0
+            return nfreed
+        m4[parent * WORDS + np.int64(m4[node * WORDS + OFFSET])] = 0
+        m4[parent * WORDS + COUNT] -= 1
+        node = parent
+    top = np.int64(m4[root + R_NODE])
+    while m4[top * WORDS + COUNT] == 1 and m4[top * WORDS] & NODE_BIT != 0:
+        freed[nfreed] = top
+        nfreed += 1
+        top = np.int64(m4[top * WORDS]) ^ NODE_BIT
+        m4[top * WORDS + PARENT] = 0
+        m4[root + R_NODE] = top
+        m4[root + R_HEIGHT] -= 1
+    return nfreed
+
+
+@kernel("i8(u4[::1], i8, i8)")
+def find(m4, root, index):
+    """pfn of the folio over `index`, or 0."""
+    spin_lock(m4, root + R_LOCK)
+    pfn = find_entry(m4, root, index)
+    spin_unlock(m4, root + R_LOCK)
+    return pfn
+
+
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8, i8, i8, i8)")
+def find_next(m4, m8, orders, root, index, last, tag):
+    """pfn of the first folio with an index in [index, last] and the tag (ANY: all), or 0."""
+    spin_lock(m4, root + R_LOCK)
+    pfn = next_entry(m4, m8, orders, root, index, last, tag)
+    spin_unlock(m4, root + R_LOCK)
+    return pfn
+
+
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8[::1], i8, i8, i8, i8, i8[::1])")
+def gang(m4, m8, orders, indices, root, index, last, tag, out):
+    """Fill `out` with the pfns of folios that touch [index, last], in order; how many.
+
+    `indices` are the folios' own first indices (the page descriptors' index field).
+    """
+    n = 0
+    spin_lock(m4, root + R_LOCK)
+    while n < out.size:
+        pfn = next_entry(m4, m8, orders, root, index, last, tag)
+        if pfn == 0:
+            break
+        out[n] = pfn
+        n += 1
+        index = indices[pfn] + (1 << np.int64(orders[pfn]))
+    spin_unlock(m4, root + R_LOCK)
+    return n
+
+
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8, i8, i8, i8, u4[::1], i8)")
+def insert(m4, m8, orders, root, index, order, pfn, spare, nspare):
+    """Put a folio in; see insert_entry for the code."""
+    spin_lock(m4, root + R_LOCK)
+    code = insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare)
+    spin_unlock(m4, root + R_LOCK)
+    return code
+
+
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8, i8, u4[::1])")
+def erase(m4, m8, orders, root, index, freed):
+    """Take the folio over `index` out; how many nodes were put into `freed`."""
+    spin_lock(m4, root + R_LOCK)
+    n = erase_entry(m4, m8, orders, root, index, freed, 0)
+    spin_unlock(m4, root + R_LOCK)
+    return n
+
+
+@kernel("void(u4[::1], u8[::1], u1[::1], i8, i8, i8, i8)")
+def mark(m4, m8, orders, root, index, tag, value):
+    """Set (value 1) or clear (0) a tag of the folio over `index`."""
+    spin_lock(m4, root + R_LOCK)
+    if value != 0:
+        set_tag(m4, m8, orders, root, index, tag)
+    else:
+        clear_tag(m4, m8, orders, root, index, tag)
+    spin_unlock(m4, root + R_LOCK)
+
+
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8, i8, i8)")
+def marked(m4, m8, orders, root, index, tag):
+    """Whether the folio over `index` carries a tag; index -1: whether any folio does."""
+    spin_lock(m4, root + R_LOCK)
+    if index < 0:
+        answer = tree_tagged(m4, m8, root, tag)
+    else:
+        answer = has_tag(m4, m8, orders, root, index, tag)
+    spin_unlock(m4, root + R_LOCK)
+    return np.int64(answer)
+
+
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8[::1], i8, i8, i8, i8)")
+def tag_towrite(m4, m8, orders, indices, root, index, last, batch):
+    """Copy dirty to towrite in [index, last] for at most `batch` folios; the next index, or -1.
+
+    Integrity write-back does this first and then writes only what it tagged, so that pages
+    dirtied later do not keep it busy for ever.
+    """
+    following = np.int64(-1)
+    spin_lock(m4, root + R_LOCK)
+    while True:
+        pfn = next_entry(m4, m8, orders, root, index, last, DIRTY)
+        if pfn == 0:
+            break
+        if batch == 0:
+            following = indices[pfn]
+            break
+        set_tag(m4, m8, orders, root, indices[pfn], TOWRITE)
+        index = indices[pfn] + (1 << np.int64(orders[pfn]))
+        batch -= 1
+    spin_unlock(m4, root + R_LOCK)
+    return following

@@ -1,0 +1,211 @@
+"""Transactions: the only way to dirty metadata, and the only way to hold metadata buffers.
+
+A transaction reserves, joins, modifies and commits. Entering is the only place that waits for
+space; afterwards nothing can fail for lack of it. What it changed stays changed: XFS modifies
+cached objects in place and keeps no before-image, so leaving with an exception after the first
+change shuts the filesystem down.
+
+Order of locks: reservation, then ILOCKs in ascending ino (one call), then the space lock. All are
+held until the end. Buffers and inodes taken through a transaction are released at its end.
+
+There is no log yet: committed buffers and inodes are dirty in memory and the metadata writer takes
+them home in any order, under the needsrepair guard of the superblock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from alloc import gfp
+from fs.cache.buf import Buf, BufOps
+from fs.cache.inode import Inode
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from fs.volume import Volume
+
+
+class Transaction:
+    """One transaction. Read-only ones (`vol.reader`) hold buffers but dirty nothing."""
+
+    def __init__(
+        self,
+        vol: Volume,
+        name: str,
+        blocks: int,
+        *,
+        write: bool,
+        inodes: tuple[Inode, ...] = (),
+        from_pool: bool = False,
+    ) -> None:
+        self.vol = vol
+        self.name = name
+        self.blocks = 0  # what is left of the block reservation
+        self.dirty = False
+        self._wanted = blocks
+        self._write = write
+        self._from_pool = from_pool
+        self._readers = inodes
+        self._held: dict[int, Buf] = {}
+        self._stale: list[Buf] = []
+        self._inode_refs: list[Inode] = []
+        self._locked: list[int] = []
+        self._space_locked = False
+        self._on_commit: list[Callable[[], None]] = []
+        self.places: dict[tuple[int, int], int] = {}  # daddr by (inode, file block) of a directory
+        self._shield = trio.CancelScope(shield=True)
+        self._scope = gfp.nofs()
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Transaction:
+        if self._write:
+            await self.vol.admit(self.name)
+            self.vol.space.reserve(self._wanted, from_pool=self._from_pool)
+            self.blocks = self._wanted
+            self.vol.enter()
+        self._shield.__enter__()
+        self._scope.__enter__()
+        await self._lock(self._readers, shared=True)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is not None and self.dirty:
+                self.vol.shutdown(f"transaction {self.name} was cancelled while dirty: {error!r}")
+            elif kind is None:
+                for call in self._on_commit:
+                    call()
+            for buf in self._stale:
+                await self.vol.bufs.wait_written(buf.handle)
+        finally:
+            self._finish()
+            self._scope.__exit__(kind, error, trace)
+            self._shield.__exit__(kind, error, trace)
+
+    def _finish(self) -> None:
+        for buf in self._held.values():
+            self.vol.bufs.release(buf.handle)
+        for buf in self._stale:
+            self.vol.bufs.release(buf.handle)
+        if self.blocks:
+            self.vol.space.release(self.blocks)
+        if self._space_locked:
+            self.vol.space_lock.release(0)
+        for handle in self._locked:
+            self.vol.ilocks.release(handle)
+        for ip in self._inode_refs:
+            self.vol.inodes.put(ip)
+        if self._write:
+            self.vol.leave()
+
+    # -- locks ----------------------------------------------------------------------------------
+
+    async def _lock(self, inodes: tuple[Inode, ...], *, shared: bool) -> None:
+        unique = {ip.handle: ip.ino for ip in inodes}
+        for handle in sorted(unique, key=lambda h: unique[h]):
+            await self.vol.ilocks.acquire(handle, shared)
+            self._locked.append(handle)
+
+    async def lock_inodes(self, *inodes: Inode) -> None:
+        """ILOCK the inodes exclusively: all that the transaction needs, in one call."""
+        assert self._write
+        assert not self._locked
+        assert not self._space_locked
+        await self._lock(inodes, shared=False)
+
+    async def lock_space(self) -> None:
+        """The AG lock: AG headers, all trees in AGs, unlinked lists. Idempotent."""
+        if not self._space_locked:
+            await self.vol.space_lock.acquire(0, shared=False)
+            self._space_locked = True
+
+    # -- buffers --------------------------------------------------------------------------------
+
+    async def read(self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None) -> Buf:
+        """A verified buffer, held until the end. Raises Corrupt, OSError(EIO)."""
+        held = self._held.get(daddr)
+        if held is not None and held.ops is ops:
+            return held
+        buf = await self.vol.bufs.read(daddr, bbs, ops, owner)
+        return self._keep(buf)
+
+    async def get(self, daddr: int, bbs: int, ops: BufOps) -> Buf:
+        """The buffer of a newly allocated block, zeroed; it must be logged."""
+        assert self._write
+        return self._keep(await self.vol.bufs.get(daddr, bbs, ops))
+
+    def _keep(self, buf: Buf) -> Buf:
+        held = self._held.get(buf.daddr)
+        if held is None:
+            self._held[buf.daddr] = buf
+            return buf
+        self.vol.bufs.release(buf.handle)
+        return held
+
+    def log(self, buf: Buf, first: int = 0, last: int = -1) -> None:
+        """Bytes first..last of the buffer changed (all of them unless told)."""
+        assert self._write
+        self.vol.check_writable()
+        self.dirty = True
+        self.vol.bufs.mark_dirty(buf.handle)
+
+    def invalidate(self, buf: Buf) -> None:
+        """The buffer's block was freed: it is forgotten and never written."""
+        assert self._write
+        self.dirty = True
+        if self._held.pop(buf.daddr, None) is not None:
+            self.vol.bufs.invalidate(buf.handle)
+            self._stale.append(buf)
+
+    def forget(self, daddr: int) -> None:
+        """Invalidate the buffer at an address, if there is one, without reading it."""
+        buf = self._held.get(daddr)
+        if buf is None:
+            found = self.vol.bufs.find(daddr)
+            if found is None:
+                return
+            buf = self._keep(found)
+        self.invalidate(buf)
+
+    def release(self, buf: Buf) -> None:
+        """Let go of a buffer early, so that a long scan does not hold memory."""
+        if self._held.pop(buf.daddr, None) is not None:
+            self.vol.bufs.release(buf.handle)
+
+    # -- inodes and space -----------------------------------------------------------------------
+
+    def log_inode(self, ip: Inode) -> None:
+        """Core or forks of the inode changed."""
+        assert self._write
+        self.vol.check_writable()
+        self.dirty = True
+        self.vol.inodes.mark_dirty(ip)
+
+    def hold_inode(self, ip: Inode) -> Inode:
+        """Hand a reference to the transaction: it is dropped at the end."""
+        self._inode_refs.append(ip)
+        return ip
+
+    def take_delalloc(self, blocks: int) -> None:
+        """Take over a reservation that dirty data made when it was written."""
+        self.vol.space.delalloc_to_reserved(blocks)
+        self.blocks += blocks
+
+    def take_pool(self, blocks: int) -> None:
+        """Reserve from the pool for work that must complete."""
+        self.vol.space.reserve(blocks, from_pool=True)
+        self.blocks += blocks
+
+    def on_commit(self, call: Callable[[], None]) -> None:
+        """Run `call` when the transaction commits."""
+        self._on_commit.append(call)

@@ -1,0 +1,61 @@
+"""What writeback knows about the things it cleans: a handle, a state record, a few calls.
+
+A mapping is the cached content of one object (of an inode, says the filesystem, but that is not
+known here). Its dirty pages are counted and listed here and written by its owner, who implements
+`Mappings`. The state (`STATE`) lies in the owner's record of the object, in the arena; a zeroed
+state is that of a clean mapping. Fields change only between awaits, on the trio thread.
+
+A mapping that has dirty pages, pages under write-back or something else to write (`INODE_DIRTY`)
+is on the flusher's list. The list holds no reference: the owner keeps the record until the
+mapping is clean, or takes it off the list when its content is thrown away.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+STATE = np.dtype(
+    [
+        ("next", "<u4"),  # dirty list, handles; 0 = end
+        ("prev", "<u4"),
+        ("dirtied_when", "<u8"),  # ns of trio's clock, when it joined the list
+        ("ndirty", "<u4"),  # pages, whole folios counted
+        ("nrwriteback", "<u4"),  # pages on their way to the device
+        ("error", "<u2"),  # errno of a failed write that no fsync has told yet
+        ("flags", "<u2"),
+        ("synced", "<u4"),  # number of the last sync that has looked at it
+    ]
+)
+assert STATE.itemsize == 32
+
+LISTED = 1  # on the dirty list
+INODE_DIRTY = 2  # the object itself (time stamps) has to be written too
+
+
+class Mappings(Protocol):
+    """The owner of all mappings, as the flusher sees it."""
+
+    def state(self, handle: int) -> Any:
+        """The STATE record of a mapping: a structured view, written in place."""
+
+    def hold(self, handle: int) -> None:
+        """Keep the object while the flusher works on it."""
+
+    def drop(self, handle: int) -> None:
+        """The reverse of hold."""
+
+    async def write_range(
+        self, handle: int, start: int, end: int, *, integrity: bool, budget: int
+    ) -> int:
+        """Write dirty folios with pages in [start, end] (page indices); pages submitted.
+
+        With `integrity` everything that was dirty at the call is on the device (or has failed and
+        set the error) when it returns, including pages that were already under write-back.
+        Without it folios under write-back are passed over, and it stops after about `budget`
+        pages.
+        """
+
+    async def write_object(self, handle: int) -> None:
+        """Write what INODE_DIRTY stands for and clear the flag."""
