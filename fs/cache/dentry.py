@@ -1,0 +1,279 @@
+"""The dentry cache: which name in which directory is which inode, or that it is none.
+
+An entry is a 128-byte slab record in the arena with the name inside; names that do not fit are
+simply not cached. The key is the directory's inode number *and generation*, so entries of a
+directory that was removed can never be taken for those of a new one with its number. An entry
+with inode number 0 is negative: the name is known not to exist. Entries pin nothing: they hold
+numbers, and whoever looks one up gets the inode from the inode cache.
+
+Invariants: every record is on one hash chain and on the LRU list; at most one per key.
+Coherence: entries are made under the directory's ILOCK (shared is enough) and changed or dropped
+by whoever changes the directory, before it gives its exclusive ILOCK back.
+
+Locking: trio thread only; nothing here awaits after `start`. An insertion that would need memory
+at once does without (NOWAIT): the cache is an optimisation, so it never makes anybody wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trio
+
+from alloc import gfp
+from alloc.arena import Arena
+from alloc.jit import helper, kernel
+from fs.xfs.danode import hash_bytes
+from fs.xfs.dirdata import same_name
+
+if TYPE_CHECKING:
+    from fs.cache.inode import Inode
+
+PAGE_SIZE = 4096
+
+DENTRY = np.dtype(
+    [
+        ("parent", "u8"),  # ino of the directory
+        ("ino", "u8"),  # what the name is; 0: nothing has this name
+        ("gen", "u4"),  # generation of the directory
+        ("hash", "u4"),
+        ("hash_next", "u4"),
+        ("lru_prev", "u4"),
+        ("lru_next", "u4"),
+        ("namelen", "u1"),
+        ("ftype", "u1"),
+        ("flags", "u2"),
+        ("name", "u1", (88,)),
+    ]
+)
+SIZE = DENTRY.itemsize
+assert SIZE == 128
+NAME_AT = 40
+NAME_MAX = 88
+
+F_REFERENCED = 1
+
+# Words of the head array.
+H_LRU_FIRST, H_LRU_LAST, H_COUNT, H_MASK, H_HITS, H_MISSES, H_WORDS = range(7)
+RECLAIM_BATCH = 128
+PAGES_PER_BUCKET_PAGE = 2048  # of the arena: a bucket of 4 bytes for every 8 KiB
+
+
+def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
+    head, buckets = np.zeros(H_WORDS, np.int64), np.zeros(1, np.uint32)
+    return lambda: (np.zeros(1, np.uint8), np.zeros(1, DENTRY), head, buckets, *rest)
+
+
+@helper
+def _hash(parent, gen, name):
+    """32 bits over the key: the directory's name hash, spread by the parent."""
+    seed = np.uint64(parent) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(gen)
+    mixed = (np.uint64(hash_bytes(name, 0, len(name))) ^ seed) * np.uint64(0xD6E8FEB86659FD93)
+    return np.int64(mixed >> np.uint64(33))
+
+
+@helper
+def _same(mem, t, h, parent, gen, name):
+    if np.int64(t[h].parent) != parent or np.int64(t[h].gen) != gen:
+        return False
+    if np.int64(t[h].namelen) != len(name):
+        return False
+    return same_name(mem, h * SIZE + NAME_AT, name)
+
+
+@helper
+def _find(mem, t, head, buckets, parent, gen, name):
+    key = _hash(parent, gen, name)
+    h = np.int64(buckets[key & head[H_MASK]])
+    while h != 0:
+        if np.int64(t[h].hash) == key and _same(mem, t, h, parent, gen, name):
+            return h
+        h = np.int64(t[h].hash_next)
+    return h
+
+
+@helper
+def _lru_unlink(t, head, h):
+    before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
+    if before:
+        t[before].lru_next = after
+    else:
+        head[H_LRU_FIRST] = after
+    if after:
+        t[after].lru_prev = before
+    else:
+        head[H_LRU_LAST] = before
+
+
+@helper
+def _lru_append(t, head, h):
+    last = head[H_LRU_LAST]
+    t[h].lru_prev = last
+    t[h].lru_next = 0
+    if last:
+        t[last].lru_next = h
+    else:
+        head[H_LRU_FIRST] = h
+    head[H_LRU_LAST] = h
+
+
+@helper
+def _unhash(t, head, buckets, h):
+    slot = np.int64(t[h].hash) & head[H_MASK]
+    at = np.int64(buckets[slot])
+    if at == h:
+        buckets[slot] = t[h].hash_next
+        return
+    while np.int64(t[at].hash_next) != h:
+        at = np.int64(t[at].hash_next)
+    t[at].hash_next = t[h].hash_next
+
+
+@kernel(_table_args(1, 1, b""))
+def _lookup(mem, t, head, buckets, parent, gen, name):
+    """(1, ino, ftype) of a cached name, (0, 0, 0) if nothing is known."""
+    h = _find(mem, t, head, buckets, parent, gen, name)
+    if h == 0:
+        head[H_MISSES] += 1
+        return np.int64(0), np.int64(0), np.int64(0)
+    head[H_HITS] += 1
+    t[h].flags |= np.uint16(F_REFERENCED)
+    return np.int64(1), np.int64(t[h].ino), np.int64(t[h].ftype)
+
+
+@kernel(_table_args(1, 1, b"", 1, 1))
+def _update(mem, t, head, buckets, parent, gen, name, ino, ftype):
+    """Change the entry of a name; False if it has none."""
+    h = _find(mem, t, head, buckets, parent, gen, name)
+    if h == 0:
+        return False
+    t[h].ino = ino
+    t[h].ftype = ftype
+    return True
+
+
+@kernel(_table_args(1, 1, 1, b"", 1, 1))
+def _insert(mem, t, head, buckets, h, parent, gen, name, ino, ftype):
+    """Fill the fresh record h and enter it."""
+    t[h].parent = parent
+    t[h].gen = gen
+    t[h].ino = ino
+    t[h].ftype = ftype
+    t[h].flags = 0
+    t[h].namelen = len(name)
+    at = h * SIZE + NAME_AT
+    for i in range(len(name)):
+        mem[at + i] = name[i]
+    key = _hash(parent, gen, name)
+    t[h].hash = key
+    slot = key & head[H_MASK]
+    t[h].hash_next = buckets[slot]
+    buckets[slot] = h
+    _lru_append(t, head, h)
+    head[H_COUNT] += 1
+
+
+@kernel(_table_args(1, 1, b""))
+def _remove(mem, t, head, buckets, parent, gen, name):
+    """Take the entry of a name out; its record, or 0."""
+    h = _find(mem, t, head, buckets, parent, gen, name)
+    if h != 0:
+        _unhash(t, head, buckets, h)
+        _lru_unlink(t, head, h)
+        head[H_COUNT] -= 1
+    return h
+
+
+@kernel(_table_args(np.zeros(1, np.int64), 1))
+def _reclaim(mem, t, head, buckets, out, scan):
+    """Take up to out.size entries off the cold end; returns how many. Second chance."""
+    n = 0
+    for _ in range(scan):
+        h = head[H_LRU_FIRST]
+        if h == 0 or n == out.size:
+            break
+        _lru_unlink(t, head, h)
+        if t[h].flags & F_REFERENCED:
+            t[h].flags &= ~np.uint16(F_REFERENCED)
+            _lru_append(t, head, h)
+            continue
+        _unhash(t, head, buckets, h)
+        head[H_COUNT] -= 1
+        out[n] = h
+        n += 1
+    return n
+
+
+class DentryCache:
+    """All cached names of one volume."""
+
+    name = "dentry"
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._slab = arena.slab("dentry", DENTRY)
+        self._head = np.zeros(H_WORDS, np.int64)
+        self._found = np.zeros(RECLAIM_BATCH, np.int64)
+        self._state: tuple[Any, ...] = ()
+        self.rename_lock = trio.Lock()  # held while a directory moves to another directory
+
+    async def start(self) -> None:
+        """Take the memory of the hash buckets."""
+        pages = max(1, self._arena.mem.size // PAGE_SIZE // PAGES_PER_BUCKET_PAGE)
+        order = min(8, (pages - 1).bit_length())
+        pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
+        raw = self._arena.mem[pfn * PAGE_SIZE : pfn * PAGE_SIZE + (PAGE_SIZE << order)]
+        buckets = raw.view(np.uint32)
+        self._head[H_MASK] = buckets.size - 1
+        self._state = (self._arena.mem, self._slab.table, self._head, buckets)
+        self._arena.register_shrinker(self)
+
+    def lookup(self, dp: Inode, name: bytes) -> tuple[int, int] | None:
+        """(ino, ftype) of a name, ino 0 if it is known not to exist; None if nothing is known."""
+        known, ino, ftype = _lookup(*self._state, dp.ino, dp.gen, name)
+        return (ino, ftype) if known else None
+
+    def insert(self, dp: Inode, name: bytes, ino: int, ftype: int) -> None:
+        """Remember a name under the directory's ILOCK; ino 0: that it does not exist."""
+        if len(name) > NAME_MAX:
+            return
+        parent, gen = dp.ino, dp.gen
+        if _update(*self._state, parent, gen, name, ino, ftype):
+            return
+        h = self._slab.try_alloc(gfp.NOWAIT | gfp.NORETRY)  # only a cache: it can do without
+        if h is not None:
+            _insert(*self._state, h, parent, gen, name, ino, ftype)
+
+    def forget(self, dp: Inode, name: bytes) -> None:
+        """Know nothing of a name any more."""
+        h = int(_remove(*self._state, dp.ino, dp.gen, name))
+        if h:
+            self._slab.free(h)
+
+    # -- shrinker and figures -------------------------------------------------------------------
+
+    def count_objects(self) -> int:
+        return int(self._head[H_COUNT])
+
+    def scan_objects(self, nr: int, gfp_flags: int) -> int:
+        """Drop up to `nr` cold entries; never waits."""
+        freed, scanned = 0, 0
+        while scanned < nr:
+            batch = min(RECLAIM_BATCH, nr - scanned)
+            out = self._found[:batch]
+            n = int(_reclaim(*self._state, out, batch))
+            for h in out[:n].tolist():
+                self._slab.free(h)
+            freed, scanned = freed + n, scanned + batch
+        return freed
+
+    def statistics(self) -> dict[str, int]:
+        """Entries, hits and misses since the mount."""
+        head = self._head
+        return {
+            "entries": int(head[H_COUNT]),
+            "hits": int(head[H_HITS]),
+            "misses": int(head[H_MISSES]),
+        }
