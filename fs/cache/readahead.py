@@ -1,0 +1,267 @@
+"""Reading file data into the page cache: how much, in which folios, and from where.
+
+The window starts small and grows while reads stay sequential, as Linux's does; folio orders grow
+by two with each window. A read that follows nothing takes exactly what it asked for. Holes and
+unwritten extents get no folio of their own: readers see zeros without one.
+
+Folios are put in LOCKED and looked up in the extent map afterwards: from then on nothing in them
+can become dirty, so what the map says stays true until they are unlocked. The caller holds the
+inode's IOLOCK, shared at least.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from alloc import gfp
+from alloc.page import LOCKED
+from fs import mapread
+from fs.cache.blocks import MAPPED, UPTODATE
+from fs.xfs import bmap
+from fs.xfs import layout as L
+
+if TYPE_CHECKING:
+    from fs.cache.inode import Inode
+    from fs.volume import Volume
+
+WINDOW_PAGES = 256  # 1 MiB: one FUSE request of the largest size
+WINDOW_SHARE = 32  # and at most 1/32 of memory
+
+Piece = tuple[int, int, int]  # device offset in bytes or -1 for zeros, address in memory, bytes
+
+
+def first_window(pages: int, most: int) -> int:
+    """Pages of the first window of a sequential reader who asked for `pages`."""
+    size = 1 << (pages - 1).bit_length()
+    if size <= most // 32:
+        return size * 4
+    return size * 2 if size <= most // 4 else most
+
+
+def next_window(pages: int, most: int) -> int:
+    """Pages of the window after one of `pages`."""
+    if pages < most // 16:
+        return pages * 4
+    return pages * 2 if pages <= most // 2 else most
+
+
+def choose(vol: Volume, ip: Inode, index: int, wanted: int) -> tuple[int, int]:
+    """(pages, folio order) to read at a miss on page `index` by a reader who wants `wanted`."""
+    state: Any = vol.pages.state(ip.handle)
+    most = max(min(WINDOW_PAGES, vol.arena.nr_pages // WINDOW_SHARE), 1)
+    order = 0
+    if index and index == state["ra_start"] + state["ra_pages"]:
+        pages = next_window(int(state["ra_pages"]), most)
+        order = int(state["ra_order"]) + 2
+    elif index == 0:
+        pages = first_window(wanted, most)
+    else:
+        pages = wanted
+    pages = max(pages, min(wanted, most))
+    order = min(order, vol.pages.order_max, pages.bit_length() - 1)
+    state["ra_start"], state["ra_pages"], state["ra_order"] = index, pages, order
+    return pages, max(order, vol.pages.order_min)
+
+
+async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
+    """Bring file data at `pos`, and what readahead wants behind it, into the cache.
+
+    Returns a position: up to it the file is known to be a hole without a folio (then it is above
+    `pos`), or `pos` when folios were read or waited for. Raises OSError(EIO), Corrupt.
+    """
+    pages = vol.pages
+    index = pos >> 12
+    pfn = pages.find(ip.handle, index)
+    if pfn and pages.is_locked(pfn):
+        await pages.wait(pfn, LOCKED)
+        return pos
+    wanted = ((end - 1) >> 12) - index + 1
+    count, order = choose(vol, ip, index, wanted)
+    last_page = (ip.size - 1) >> 12
+    stop = min(index + count, last_page + 1)
+    sequence = int(pages.columns["map_seq"][ip.handle])
+    found = await _lookup(vol, ip, index << 12, stop << 12)
+    hole = _zero_until(vol, ip, pos, found)
+    if hole > pos:
+        return hole
+    locked = await _take_folios(vol, ip, index, stop, order, found)
+    if locked:
+        await _read_folios(vol, ip, locked, found, sequence)
+    return pos
+
+
+async def _lookup(vol: Volume, ip: Inode, start: int, end: int) -> list[bmap.Mapping]:
+    """The extent map of bytes [start, end), rounded to blocks."""
+    log = vol.geo.block_log
+    first = start >> log
+    return await mapread.read(vol, ip, first, ((end - 1) >> log) + 1 - first)
+
+
+def _is_zero(m: bmap.Mapping) -> bool:
+    return m.fsbno == bmap.HOLE or m.unwritten
+
+
+def _zero_until(vol: Volume, ip: Inode, pos: int, found: list[bmap.Mapping]) -> int:
+    """How far from `pos` the file reads as zeros for want of a folio; `pos` if it does not."""
+    log = vol.geo.block_log
+    end = pos
+    for m in found:
+        if m.end << log <= end:
+            continue
+        if m.offset << log > end or not _is_zero(m):
+            break
+        end = m.end << log
+    if end > pos:
+        pfn = vol.pages.next(ip.handle, pos >> 12, (end - 1) >> 12)
+        if pfn:
+            end = max(pos, min(end, vol.pages.base(pfn)))
+    return end
+
+
+def _next_data(vol: Volume, page: int, found: list[bmap.Mapping]) -> int:
+    """The first page from `page` on that has a written block; behind the map if none."""
+    log = vol.geo.block_log
+    for m in found:
+        if m.end << log > page << 12 and not _is_zero(m):
+            return max(page, m.offset << log >> 12)
+    return 1 << 52
+
+
+async def _take_folios(
+    vol: Volume, ip: Inode, index: int, stop: int, order: int, found: list[bmap.Mapping]
+) -> list[int]:
+    """Lock the folios of pages [index, stop) that must be read, making those that are missing.
+
+    The first is made with full effort, the others only if memory comes easily.
+    """
+    pages = vol.pages
+    locked: list[int] = []
+    page = index
+    while page < stop:
+        pfn = pages.find(ip.handle, page)
+        if pfn:
+            log = vol.geo.block_log
+            low, high = pages.base(pfn) >> log, pages.end(pfn) >> log
+            if not pages.is_locked(pfn) and pages.missing(pfn, low, high):
+                pages.lock(pfn)
+                locked.append(pfn)
+            page = pages.end(pfn) >> 12
+            continue
+        page = _next_data(vol, page, found)
+        if page >= stop:
+            break
+        fit = _fit(page, stop, order, pages.order_min)
+        if page == index:
+            pfn, fresh = await pages.add(ip.handle, page, fit, LOCKED)
+            if not fresh:
+                continue
+        else:
+            with gfp.nofs():
+                pfn = pages.try_add(ip.handle, page, fit, LOCKED)
+            if not pfn:
+                break
+        locked.append(pfn)
+        page = pages.end(pfn) >> 12
+    return locked
+
+
+def _fit(page: int, stop: int, order: int, order_min: int) -> int:
+    """The largest order up to `order` that is aligned at `page` and ends before `stop`."""
+    while order > order_min and (page & ((1 << order) - 1) or page + (1 << order) > stop):
+        order -= 1
+    return order
+
+
+async def _read_folios(
+    vol: Volume, ip: Inode, locked: list[int], found: list[bmap.Mapping], sequence: int
+) -> None:
+    """Read what is not up to date in folios that the caller locked, and unlock them.
+
+    `found` is what the map said when its number was `sequence`, and may be too little or too old.
+    """
+    pages = vol.pages
+    log = vol.geo.block_log
+    done = False
+    try:
+        start, end = pages.base(locked[0]), pages.end(locked[-1])
+        covered = found[0].offset << log <= start and end <= found[-1].end << log
+        if not covered or pages.columns["map_seq"][ip.handle] != sequence:
+            found = await _lookup(vol, ip, start, end)
+        plan = [piece for pfn in locked for piece in _plan(vol, pfn, found)]
+        await _transfer(vol, plan)
+        own = 0 if ip.flags2 & L.DIFLAG2_REFLINK else MAPPED
+        for pfn in locked:
+            _mark_read(vol, pfn, found, own)
+        done = True
+    finally:
+        for pfn in locked:
+            pages.unlock(pfn)
+            if not done and pages.is_blank(pfn):
+                pages.remove(pfn)
+
+
+def _overlaps(
+    vol: Volume, pfn: int, found: list[bmap.Mapping]
+) -> list[tuple[bmap.Mapping, int, int]]:
+    """(mapping, first block, last block) of a folio's blocks that are not up to date."""
+    log = vol.geo.block_log
+    low, high = vol.pages.base(pfn) >> log, vol.pages.end(pfn) >> log
+    parts = []
+    for first, count in vol.pages.missing(pfn, low, high):
+        for m in found:
+            a, b = max(first, m.offset), min(first + count, m.end)
+            if a < b:
+                parts.append((m, a, b))
+    return parts
+
+
+def _plan(vol: Volume, pfn: int, found: list[bmap.Mapping]) -> list[Piece]:
+    """Device reads that bring a folio up to date; holes are zeroed at once."""
+    log = vol.geo.block_log
+    address = (pfn << 12) - vol.pages.base(pfn)
+    plan = []
+    for m, a, b in _overlaps(vol, pfn, found):
+        if _is_zero(m):
+            vol.pages.zero_missing(pfn, a, b)
+        else:
+            at = vol.geo.fsb_to_bytes(m.fsbno) + ((a - m.offset) << log)
+            plan.append((at, address + (a << log), (b - a) << log))
+    return plan
+
+
+def _mark_read(vol: Volume, pfn: int, found: list[bmap.Mapping], own: int) -> None:
+    for m, a, b in _overlaps(vol, pfn, found):
+        if not _is_zero(m):
+            vol.pages.change(pfn, a, b, UPTODATE | own)
+
+
+async def _transfer(vol: Volume, plan: list[Piece]) -> None:
+    """Read the pieces, those that continue each other on the device in one go."""
+    at = 0
+    while at < len(plan):
+        offset, addr, length = plan[at]
+        views = [vol.pages.view[addr : addr + length]]
+        end = offset + length
+        at += 1
+        while at < len(plan) and plan[at][0] == end:
+            _, addr, length = plan[at]
+            views.append(vol.pages.view[addr : addr + length])
+            end += length
+            at += 1
+        await vol.dev.read(offset, views)
+
+
+async def read_blocks(vol: Volume, ip: Inode, pfn: int, first: int, last: int) -> None:
+    """Bring file blocks [first, last) of a folio that is not locked up to date.
+
+    For writers that change a part of a block. The folio may be gone afterwards.
+    """
+    vol.pages.lock(pfn)
+    log = vol.geo.block_log
+    try:
+        found = await _lookup(vol, ip, first << log, last << log)
+        await _transfer(vol, _plan(vol, pfn, found))
+        own = 0 if ip.flags2 & L.DIFLAG2_REFLINK else MAPPED
+        _mark_read(vol, pfn, found, own)
+    finally:
+        vol.pages.unlock(pfn)

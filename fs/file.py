@@ -1,0 +1,191 @@
+"""Reading and writing regular files through the page cache.
+
+Reads hold the inode's IOLOCK shared, writes and truncations exclusively, so a write is atomic for
+readers. The fast path is one kernel that copies between the caller and folios which are ready; it
+awaits nothing. What is not ready goes the slow way and then comes back to the same kernel: a
+reader has folios filled (`readahead.fill`), a writer has one made ready at a time (`buffered`).
+
+Sizes and time stamps change in memory at once; the flusher logs them. Positions and lengths are
+bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fs import buffered, delalloc
+from fs.cache import blocks, readahead
+from fs.truncate import SIZE_MAX, discard, extend, truncate
+from fs.xfs import stamp
+from writeback.flusher import ALL_PAGES
+from writeback.mapping import INODE_DIRTY
+
+if TYPE_CHECKING:
+    from fs.cache.inode import Inode
+    from fs.volume import Volume
+
+__all__ = ["discard", "fsync", "read", "release", "stat_blocks", "truncate", "write"]
+
+S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
+
+Buffer = bytes | bytearray | memoryview
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+async def read(vol: Volume, ip: Inode, offset: int, size: int) -> Buffer:
+    """Up to `size` bytes at `offset`; fewer only at the end of the file.
+
+    The result may be a view of cached memory: it is valid until the caller's next await. Raises
+    OSError(EIO), Corrupt, ShutDown.
+    """
+    vol.check_alive()
+    if offset < 0 or size < 0:
+        raise OSError(errno.EINVAL, "negative position or length")
+    locks, handle = vol.iolocks, ip.handle
+    if not locks.try_acquire(handle, True):
+        await locks.acquire(handle, True)
+    try:
+        length = min(size, ip.size - offset)
+        if length <= 0:
+            return b""
+        pages = vol.pages
+        p, hint = pages.pages, pages.hint
+        folios = (p.flags, p.order, p.index, p.blocks, pages.root(handle), pages.block_log)
+        addr = int(blocks.locate(pages.m4, *folios, offset, length, hint))
+        if addr >= 0:
+            if hint[1]:
+                vol.arena.lru.mark_accessed(int(hint[1]))
+            return pages.view[addr : addr + length]
+        return await _read_slowly(vol, ip, offset, length)
+    finally:
+        locks.release(handle)
+
+
+async def _read_slowly(vol: Volume, ip: Inode, offset: int, length: int) -> bytearray:
+    """A copy of a range that spans folios, or is not cached."""
+    pages = vol.pages
+    result = bytearray(length)
+    target = np.frombuffer(result, np.uint8)
+    p = pages.pages
+    folios = (p.flags, p.order, p.index, p.blocks, pages.root(ip.handle), pages.block_log)
+    at, end = offset, offset + length
+    while True:
+        args = (at, target, at - offset, end - at, pages.hint)
+        at += int(blocks.copy_out(pages.m4, vol.arena.mem, *folios, *args))
+        if pages.hint[1]:
+            vol.arena.lru.mark_accessed(int(pages.hint[1]))
+        if at == end:
+            return result
+        at = min(await readahead.fill(vol, ip, at, end), end)
+        vol.check_alive()
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+async def write(
+    vol: Volume, ip: Inode, offset: int, data: Buffer, *, kill_privileges: bool = False
+) -> int:
+    """Write at `offset`; bytes written, fewer than given when space ran out on the way.
+
+    `kill_privileges`: the writer may not keep set-id bits and the kernel left them to us. Raises
+    OSError: EFBIG, ENOSPC (nothing written), EROFS, EIO; Corrupt, ShutDown.
+    """
+    vol.check_writable()
+    source = np.frombuffer(memoryview(data).toreadonly(), np.uint8)
+    if offset < 0:
+        raise OSError(errno.EINVAL, "negative position")
+    if not source.size:
+        return 0
+    if offset >= SIZE_MAX:
+        raise OSError(errno.EFBIG, "file too large")
+    locks, handle = vol.iolocks, ip.handle
+    if not locks.try_acquire(handle, False):
+        await locks.acquire(handle, False)
+    try:
+        if offset > ip.size:
+            await extend(vol, ip, offset)
+        if kill_privileges and ip.mode & (S_ISUID | S_ISGID):
+            await _remove_privileges(vol, ip)
+        return await _copy(vol, ip, offset, source[: SIZE_MAX - offset])
+    finally:
+        locks.release(handle)
+
+
+async def _copy(vol: Volume, ip: Inode, offset: int, source: Any) -> int:
+    """Write as much as can be; raises what stopped it only if nothing was written."""
+    done = 0
+    length = source.size
+    try:
+        while done < length:
+            pos = offset + done
+            done += await buffered.write_step(vol, ip, pos, source, done, length - done)
+            if offset + done > ip.size:
+                ip.size = offset + done
+    except OSError:
+        if not done:
+            raise
+    finally:
+        if done:
+            _changed(vol, ip)
+    return done
+
+
+def _changed(vol: Volume, ip: Inode) -> None:
+    """Stamps of a write: in memory now, logged by the flusher."""
+    ip.mtime = ip.ctime = stamp.now()
+    ip.changecount += 1
+    flags = vol.pages.columns["flags"]
+    if not flags[ip.handle] & INODE_DIRTY:
+        flags[ip.handle] |= INODE_DIRTY
+        vol.flusher.enlist(ip.handle)
+
+
+async def _remove_privileges(vol: Volume, ip: Inode) -> None:
+    """Take set-user-id, and set-group-id where it means execution, from a file that is written."""
+    async with vol.transaction("remove privileges") as tp:
+        await tp.lock_inodes(ip)
+        mode = ip.mode & ~S_ISUID
+        if mode & S_IXGRP:
+            mode &= ~S_ISGID
+        if mode != ip.mode:
+            ip.mode = mode
+            ip.ctime = stamp.now()
+            tp.log_inode(ip)
+
+
+# -- the rest ----------------------------------------------------------------------------------
+
+
+async def fsync(vol: Volume, ip: Inode, datasync: bool = False) -> None:
+    """Data, inode and whatever metadata leads to them are on stable storage when this returns.
+
+    Raises the error of a write-back that failed since the last fsync, once; OSError(EIO).
+    """
+    vol.check_alive()
+    if vol.read_only:
+        return
+    state = vol.pages.state(ip.handle)
+    await vol.pages.write_range(ip.handle, 0, ALL_PAGES, integrity=True, budget=ALL_PAGES)
+    if state["flags"] & INODE_DIRTY:
+        await vol.pages.write_object(ip.handle)
+    vol.flusher.settle(ip.handle)
+    await vol.flush_metadata()
+    error = int(state["error"])
+    if error:
+        state["error"] = 0
+        raise OSError(error, "write-back of the file failed earlier")
+
+
+async def release(vol: Volume, ip: Inode) -> None:
+    """The last descriptor of a file was closed. Nothing is kept for open files yet."""
+
+
+def stat_blocks(vol: Volume, ip: Inode) -> int:
+    """st_blocks: 512-byte units, delayed blocks included."""
+    return (ip.nblocks + delalloc.promised_blocks(vol, ip)) * vol.geo.block_bbs

@@ -1,0 +1,426 @@
+"""One XFS image, opened: geometry, caches, space, locks, background tasks, shutdown state.
+
+`Volume.open(...)` checks the superblock and the log, starts the background tasks in a nursery of
+its own and yields the volume; leaving it inactivates what is unlinked, writes everything and marks
+the image clean. There is no log yet, so a writable mount sets the superblock's needsrepair feature
+first and takes it back last: an image that crashed is refused, by the kernel and by us, until
+xfs_repair has seen it.
+
+Locks, in the order in which they are taken: IOLOCK of inodes (ascending), a transaction's
+reservation, ILOCK of inodes (ascending), the space lock. One trio thread runs all of it, so the
+space lock is one for all AGs: more would only overlap metadata reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import numpy as np
+import trio
+
+from alloc import gfp
+from alloc.arena import Arena
+from fs import namespace
+from fs.cache.buf import BufCache
+from fs.cache.dentry import DentryCache
+from fs.cache.folio import PageCache
+from fs.cache.inode import Inode, InodeCache
+from fs.cache.lock import LockTable
+from fs.device.base import Device
+from fs.errors import Corrupt, ShutDown, UserError
+from fs.log import head
+from fs.log.transaction import Transaction
+from fs.space import Space
+from fs.xfs import ag, freespace, inobt, inode, superblock
+from fs.xfs import layout as L
+from fs.xfs.geometry import Geometry
+from writeback.flusher import Flusher
+
+MOUNT_FAILED = 32
+SUPERBLOCK_READ = 32768  # the largest sector
+METADATA_PERIOD_S = 30  # dirty metadata goes home at least this often
+METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
+DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
+INODEGC_BACKLOG = 256  # unlinked inodes in line before transactions wait for them
+FLUSH_BREATH = 64  # inodes flushed between two turns of the other tasks
+
+default_log = logging.getLogger("nofailfs")
+
+
+class Volume:
+    """An open image. Create it with `Volume.open`."""
+
+    def __init__(
+        self,
+        device: Device,
+        geo: Geometry,
+        memory_bytes: int,
+        *,
+        read_only: bool,
+        log: logging.Logger,
+        paranoid: bool,
+    ) -> None:
+        self.dev = device
+        self.geo = geo
+        self.log = log
+        self.read_only = read_only
+        self.shut_down = False
+        self.shutdown_reason = ""
+        self.arena = Arena(memory_bytes)
+        self.ags = ag.Summary(geo)
+        self.space = Space(lambda: self.ags.unavailable)
+        self.bufs = BufCache(self.arena, device, geo, log, paranoid=paranoid)
+        self.inodes = InodeCache(self.arena, geo.inode_log)
+        self.dentries = DentryCache(self.arena)
+        self.pages = PageCache(self)
+        self.flusher = Flusher(self.arena, self.pages, self.pages.dirty, log)
+        self.iolocks = LockTable("iolock")
+        self.ilocks = LockTable("ilock")
+        self.space_lock = LockTable("space")
+        self._running = 0  # transactions that are open
+        self._metadata_wake = trio.Event()
+        self._metadata_done = trio.Event()
+        self._inode_flush = trio.Lock()
+        self._inactive: deque[Inode] = deque()
+        self._inactive_wake = trio.Event()
+        self._inactive_done = trio.Event()
+        self._closing = False
+
+    # -- opening and closing --------------------------------------------------------------------
+
+    @staticmethod
+    @asynccontextmanager
+    async def open(
+        device: Device,
+        memory_bytes: int = 256 << 20,
+        *,
+        read_only: bool = False,
+        log: logging.Logger = default_log,
+        paranoid: bool = False,
+    ) -> AsyncIterator[Volume]:
+        """Open the image on a device for the duration of a block.
+
+        `paranoid` verifies every metadata block before it is written, too. Raises UserError for
+        an image that is refused; it says why and what to do.
+        """
+        geo = await _admit_image(device, read_only or device.read_only)
+        vol = Volume(
+            device,
+            geo,
+            memory_bytes,
+            read_only=read_only or device.read_only,
+            log=log,
+            paranoid=paranoid,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                await vol._start(nursery)
+                try:
+                    yield vol
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await vol._stop()
+                    nursery.cancel_scope.cancel()
+        finally:
+            vol.arena.close()
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        self.inodes.read_image = self._read_inode
+        self.inodes.busy = self.pages.busy
+        self.inodes.evict = self.pages.evict
+        self.inodes.start_inactivation = self._queue_inactivation
+        await self.bufs.start()
+        await self.inodes.start()
+        await self.dentries.start()
+        await self.pages.start()
+        self.arena.register_cleaner(self.wake_metadata)
+        nursery.start_soon(self._in_background, self.arena.kswapd)
+        async with self.reader() as tp:
+            await freespace.mount(tp)
+        self.space.start(self.ags.free, self.geo.dblocks)
+        if not self.read_only:
+            await self._set_needsrepair(True)
+            nursery.start_soon(self._in_background, self._metadata_writer)
+            nursery.start_soon(self._in_background, self.flusher.run)
+        nursery.start_soon(self._in_background, self._inodegc)
+
+    async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run a task for the volume's life; a bug in it is a shutdown, not the mount's death."""
+        try:
+            await work()
+        except Exception as error:
+            self.log.error("background task failed", exc_info=error)
+            self.shutdown(f"unexpected {type(error).__name__} in a background task: {error}")
+
+    async def _stop(self) -> None:
+        """Write everything and mark the image clean; after a shutdown write nothing."""
+        self._closing = True
+        if self.read_only:
+            return
+        try:
+            await self.drain_inactive()
+            if not self.shut_down:
+                await self.flusher.sync()
+            if not self.shut_down:
+                await self.flush_metadata()
+                await self._set_needsrepair(False)
+        except OSError as error:
+            self.shutdown(f"unmount failed: {error}")
+        if self.shut_down:
+            self.log.error("unmounted after a shutdown: run xfs_repair before the next mount")
+
+    async def _set_needsrepair(self, guard: bool) -> None:
+        """Set the guard before the first change; clear it, with exact counters, after the last."""
+        async with Transaction(self, "sb", 0, write=True) as tp:
+            buf = await ag.read_sb(tp)
+            sb = buf.rec(L.SB)
+            if guard:
+                sb["features_incompat"] |= L.INCOMPAT_NEEDSREPAIR
+            else:
+                sb["features_incompat"] &= ~np.uint32(L.INCOMPAT_NEEDSREPAIR)
+                sb["icount"], sb["ifree"] = await self._count_inodes(tp)
+                sb["fdblocks"] = self.space.free
+                assert self.space.free == self.ags.free, "free-block accounting went wrong"
+            tp.log(buf)
+        if not guard:
+            await self.dev.flush()
+        await self.bufs.write_dirty()
+        await self.dev.flush()
+
+    async def _count_inodes(self, tp: Transaction) -> tuple[int, int]:
+        """Allocated and free inodes, from the AGI headers."""
+        count = free = 0
+        for agno in range(self.geo.agcount):
+            agi = (await ag.read_agi(tp, agno)).rec(L.AGI)
+            count, free = count + int(agi["count"]), free + int(agi["freecount"])
+        return count, free
+
+    # -- errors ---------------------------------------------------------------------------------
+
+    def corrupt(self, structure: str, where: str, reason: str) -> Corrupt:
+        """One line in the log; the caller raises the result."""
+        self.log.error("corrupt %s at %s: %s; run xfs_repair", structure, where, reason)
+        return Corrupt(f"corrupt {structure} at {where}: {reason}")
+
+    def shutdown(self, reason: str) -> None:
+        """Stop everything: memory and image may disagree. Idempotent."""
+        if self.shut_down:
+            return
+        self.shut_down = True
+        self.shutdown_reason = reason
+        self.log.critical(
+            "%s: corruption of in-memory data detected (%s). Shutting down filesystem. "
+            "Please unmount the filesystem and run xfs_repair",
+            self.dev.name,
+            reason,
+        )
+        self.wake_metadata()
+        self._metadata_done.set()
+        self._inactive_done.set()
+
+    def check_alive(self) -> None:
+        """Raises ShutDown after a shutdown."""
+        if self.shut_down:
+            raise ShutDown
+
+    def check_writable(self) -> None:
+        """Raises ShutDown after a shutdown, OSError(EROFS) on a read-only volume."""
+        if self.shut_down:
+            raise ShutDown
+        if self.read_only:
+            raise OSError(30, "the filesystem is mounted read-only")
+
+    # -- transactions and locks -----------------------------------------------------------------
+
+    def transaction(self, name: str, blocks: int = 0, *, from_pool: bool = False) -> Transaction:
+        """A write transaction with a block reservation; enter it with `async with`.
+
+        Entering raises OSError(ENOSPC), OSError(EROFS) or ShutDown with nothing changed.
+        """
+        return Transaction(self, name, blocks, write=True, from_pool=from_pool)
+
+    def reader(self, *inodes: Inode) -> Transaction:
+        """A read-only transaction that holds the inodes' ILOCKs shared."""
+        return Transaction(self, "reader", 0, write=False, inodes=inodes)
+
+    def iolock(self, ip: Inode, shared: bool = False) -> AbstractAsyncContextManager[None]:
+        """Serialises data operations: shared to read, exclusive to write or truncate."""
+        return self.iolocks.locked(ip.handle, shared)
+
+    def ilock(self, ip: Inode, shared: bool = False) -> AbstractAsyncContextManager[None]:
+        """Guards core and forks; write transactions take it through `lock_inodes`."""
+        return self.ilocks.locked(ip.handle, shared)
+
+    async def admit(self, name: str) -> None:
+        """Let a transaction begin when dirty metadata leaves memory for it.
+
+        The writer needs no transaction, so what is waited for here always comes.
+        """
+        self.check_writable()
+        while self._metadata_is_crowding() and not self.shut_down:
+            self.wake_metadata()
+            await self._metadata_done.wait()
+        self.check_writable()
+
+    def _metadata_is_crowding(self) -> bool:
+        dirty = self.bufs.dirty_bytes + self.inodes.dirty_count * DIRTY_INODE_BYTES
+        return dirty > self.arena.mem.size // METADATA_SHARE
+
+    def enter(self) -> None:
+        """A write transaction began."""
+        self._running += 1
+
+    def leave(self) -> None:
+        """A write transaction ended."""
+        assert self._running > 0
+        self._running -= 1
+
+    # -- metadata write-back --------------------------------------------------------------------
+
+    def wake_metadata(self) -> None:
+        """Have dirty metadata written soon: memory is short, or it is a lot."""
+        self._metadata_wake.set()
+
+    async def _metadata_writer(self) -> None:
+        with gfp.memalloc():
+            while True:
+                with trio.move_on_after(METADATA_PERIOD_S):
+                    await self._metadata_wake.wait()
+                self._metadata_wake = trio.Event()
+                if not self.shut_down:
+                    try:
+                        await self.flush_metadata()
+                    except OSError as error:
+                        self.shutdown(f"metadata write failed: {error}")
+                done, self._metadata_done = self._metadata_done, trio.Event()
+                done.set()
+                self.arena.kick()
+
+    async def flush_metadata(self) -> None:
+        """Take all dirty inodes and buffers home and make them stable.
+
+        Waits for no lock that a transaction holds, so that cleaning never waits for memory.
+        Raises OSError from the device or for a corrupt inode cluster.
+        """
+        self.check_alive()
+        with gfp.memalloc():
+            await self._flush_inodes()
+            await self.bufs.write_dirty()
+        await self.dev.flush()
+
+    async def _flush_inodes(self) -> None:
+        """Copy dirty inodes into their cluster buffers."""
+        async with self._inode_flush:
+            for turn in range(self.inodes.dirty_count):
+                ip = self.inodes.first_dirty()
+                if ip is None:
+                    break
+                if ip.mode:
+                    await self._flush_inode(ip)
+                else:
+                    self.inodes.mark_clean(ip)  # freed: inobt.free wrote it already
+                if turn % FLUSH_BREATH == 0:
+                    await trio.lowlevel.checkpoint()
+
+    async def _flush_inode(self, ip: Inode) -> None:
+        ino = ip.ino
+        daddr, bbs, offset = inobt.imap(self.geo, ino)
+        buf = await self.bufs.read(daddr, bbs, inode.INODE_OPS)
+        try:
+            if ip.ino != ino or not ip.mode:
+                return  # freed while its cluster was read
+            self.inodes.mark_clean(ip)
+            table, mem = self.inodes.table, self.arena.mem
+            inode.pack(self.geo, table, ip.handle, mem, ip.image_addr, mem, buf.addr + offset)
+            self.bufs.mark_dirty(buf.handle)
+        finally:
+            self.bufs.release(buf.handle)
+
+    # -- inodes ---------------------------------------------------------------------------------
+
+    async def _read_inode(self, ip: Inode) -> None:
+        """Fill a fresh in-core inode from its cluster."""
+        ino = ip.ino
+        if not self.geo.valid_ino(ino):
+            raise self.corrupt("inode", f"ino {ino}", "number outside the filesystem")
+        daddr, bbs, offset = inobt.imap(self.geo, ino)
+        buf = await self.bufs.read(daddr, bbs, inode.INODE_OPS)
+        try:
+            addr = buf.addr + offset
+            fault = inode.verify(self.geo, buf.mem, addr, ino)
+            if fault:
+                raise self.corrupt("inode", f"ino {ino}", fault)
+            mem = self.arena.mem
+            inode.unpack(self.geo, mem, addr, self.inodes.table, ip.handle, mem, ip.image_addr)
+        finally:
+            self.bufs.release(buf.handle)
+
+    def _queue_inactivation(self, ip: Inode) -> None:
+        self._inactive.append(ip)
+        self._inactive_wake.set()
+
+    async def _inodegc(self) -> None:
+        """Free unlinked inodes whose last user has gone, one after the other."""
+        while True:
+            await self._inactive_wake.wait()
+            self._inactive_wake = trio.Event()
+            while self._inactive:
+                await self._inactivate(self._inactive[0])
+                self._inactive.popleft()
+                done, self._inactive_done = self._inactive_done, trio.Event()
+                done.set()
+
+    async def _inactivate(self, ip: Inode) -> None:
+        try:
+            if not self.shut_down and not self.read_only:
+                with trio.CancelScope(shield=True):
+                    await namespace.inactivate(self, ip)
+        except OSError as error:
+            self.log.error("inode %d could not be freed: %s; run xfs_repair", ip.ino, error)
+        finally:
+            self.inodes.put(ip)
+
+    async def drain_inactive(self, backlog: int = 0) -> None:
+        """Wait until at most `backlog` unlinked inodes are left to free."""
+        while len(self._inactive) > backlog and not self.shut_down:
+            await self._inactive_done.wait()
+
+    # -- figures --------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """What statistics want to know, by name."""
+        return {
+            "free_blocks": self.space.free,
+            "available_blocks": self.space.available,
+            "dirty_metadata_bytes": self.bufs.dirty_bytes,
+            "dirty_inodes": self.inodes.dirty_count,
+            "running_transactions": self._running,
+            "inactive_inodes": len(self._inactive),
+        }
+
+
+async def _admit_image(device: Device, read_only: bool) -> Geometry:
+    """Superblock and log checks. Raises UserError."""
+    raw = bytearray(min(SUPERBLOCK_READ, device.size))
+    await device.read(0, [memoryview(raw)])
+    sb = superblock.read(raw, device.size)
+    superblock.check_features(sb, writable=not read_only)
+    geo = superblock.geometry(sb)
+    if not await head.is_clean(device, geo):
+        raise UserError(
+            f"{device.name}: the log holds changes that were not written back. Mount the image "
+            "with the kernel's XFS once and unmount it, which replays the log; "
+            "or, losing those changes, run xfs_repair -L",
+            MOUNT_FAILED,
+        )
+    return geo
+
+
+def block_count(nbytes: int, geo: Geometry) -> int:
+    """Filesystem blocks that hold so many bytes."""
+    return math.ceil(nbytes / geo.block_size)

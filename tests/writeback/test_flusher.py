@@ -1,0 +1,246 @@
+"""The flusher over mappings that are only counters: when it writes, what, and for whom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import trio
+import trio.testing
+
+from alloc import gfp
+from writeback.dirty import Dirty
+from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher
+from writeback.mapping import INODE_DIRTY, LISTED, STATE
+
+MINUTE_S = 60.0
+
+
+class FakeMemory:
+    """What the flusher needs of an arena."""
+
+    def __init__(self) -> None:
+        self.cleaner: Callable[[], None] = lambda: None
+        self.kicks = 0
+
+    def register_cleaner(self, wake: Callable[[], None]) -> None:
+        self.cleaner = wake
+
+    def kick(self) -> None:
+        self.kicks += 1
+
+
+class FakeMappings:
+    """Mappings without content: dirty pages are a number, a write takes `seconds`."""
+
+    def __init__(self) -> None:
+        self.states = np.zeros(64, STATE)
+        self.held = np.zeros(64, int)
+        self.seconds = 0.01
+        self.log: list[tuple[float, int, int, bool]] = []  # when, handle, pages, integrity
+        self.objects: list[int] = []
+        self.fail = False
+        self.while_writing: Callable[[int], None] = lambda handle: None
+        self.memory = FakeMemory()
+        self.dirty = Dirty(lambda: 100_000)
+        self.flusher = Flusher(self.memory, self, self.dirty, logging.getLogger("nofailfs.test"))
+
+    def state(self, handle: int) -> Any:
+        return self.states[handle]
+
+    def hold(self, handle: int) -> None:
+        self.held[handle] += 1
+
+    def drop(self, handle: int) -> None:
+        self.held[handle] -= 1
+
+    def make_dirty(self, handle: int, pages: int = 1) -> None:
+        self.states["ndirty"][handle] += pages
+        self.flusher.enlist(handle)
+        self.dirty.dirtied(pages)
+
+    async def write_range(
+        self, handle: int, start: int, end: int, *, integrity: bool, budget: int
+    ) -> int:
+        assert gfp.current_scope() & gfp.MEMALLOC
+        assert gfp.current_scope() & gfp.NOFS
+        if self.fail:
+            raise OSError(5, "told to fail")
+        pages = min(int(self.states["ndirty"][handle]), budget)
+        self.states["ndirty"][handle] -= pages
+        self.dirty.start_writeback(pages)
+        self.log.append((trio.current_time(), handle, pages, integrity))
+        self.while_writing(handle)
+        await trio.sleep(self.seconds)
+        self.dirty.end_writeback(pages)
+        return pages
+
+    async def write_object(self, handle: int) -> None:
+        self.objects.append(handle)
+        self.states["flags"][handle] &= ~INODE_DIRTY & 0xFFFF
+
+    @property
+    def order(self) -> list[int]:
+        return [entry[1] for entry in self.log]
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[FakeMappings]:
+    mappings = FakeMappings()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mappings.flusher.run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield mappings
+        nursery.cancel_scope.cancel()
+    assert not mappings.held.any()
+
+
+async def test_young_data_is_left_alone_and_old_data_is_not(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        start = trio.current_time()
+        m.make_dirty(1)
+        await trio.sleep(EXPIRE_S - PERIOD_S)
+        assert not m.log
+        await trio.sleep(2 * PERIOD_S + 1)
+        assert m.order == [1]
+        assert EXPIRE_S <= m.log[0][0] - start <= EXPIRE_S + PERIOD_S
+        assert not m.states["flags"][1] & LISTED
+
+
+async def test_background_threshold_wakes_it_and_it_stops_below(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        for handle in range(1, 13):
+            m.make_dirty(handle, CHUNK_PAGES)
+        assert m.dirty.nr_dirty > m.dirty.background
+        await trio.sleep(1)
+        assert m.dirty.nr_dirty <= m.dirty.background
+        assert m.order == [1, 2, 3]  # oldest first, and no more than needed
+        assert m.memory.kicks == 3
+
+
+async def test_a_large_mapping_shares_the_flusher(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        m.make_dirty(1, 20 * CHUNK_PAGES)
+        m.make_dirty(2, CHUNK_PAGES)
+        await trio.sleep(1)
+        assert m.order[:3] == [1, 2, 1]
+        assert all(pages <= CHUNK_PAGES for _, _, pages, _ in m.log)
+
+
+async def test_reclaim_gets_a_chunk_below_every_threshold(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        m.memory.cleaner()  # nothing dirty: nothing to do
+        m.make_dirty(1, 5)
+        m.make_dirty(2, 5)
+        await trio.sleep(1)
+        assert not m.log
+        m.memory.cleaner()
+        await trio.sleep(1)
+        assert m.order == [1]
+
+
+async def test_sync_writes_each_mapping_once_however_busy_its_writer(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        for handle in (1, 2, 3):
+            m.make_dirty(handle)
+        m.while_writing = lambda handle: m.make_dirty(handle)
+        with trio.fail_after(1):
+            await m.flusher.sync()
+        assert m.order == [1, 2, 3]
+        assert all(integrity for _, _, _, integrity in m.log)
+        assert m.flusher.nr_listed == 3
+
+
+async def test_sync_does_not_miss_what_the_flusher_requeued(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        m.make_dirty(1, 20 * CHUNK_PAGES)
+        m.make_dirty(2)
+        await trio.testing.wait_all_tasks_blocked()  # the flusher is in its first chunk
+        await m.flusher.sync()
+        assert not m.states["ndirty"].any()
+
+
+async def test_two_syncs_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as m:
+        for handle in range(1, 6):
+            m.make_dirty(handle)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(m.flusher.sync)
+            nursery.start_soon(m.flusher.sync)
+        assert not m.states["ndirty"].any()
+        assert m.flusher.nr_listed == 0
+
+
+async def test_a_dirty_object_is_written_with_its_pages(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        m.states["flags"][4] |= INODE_DIRTY
+        m.flusher.enlist(4)
+        m.flusher.settle(4)
+        assert m.flusher.nr_listed == 1  # not clean
+        await trio.sleep(MINUTE_S)
+        assert m.objects == [4]
+        assert m.flusher.nr_listed == 0
+
+
+async def test_waiting_writers_get_through(autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as m:
+        done: list[int] = []
+
+        async def writer(handle: int) -> None:
+            for _ in range(200):
+                await m.dirty.balance(100)
+                m.make_dirty(handle, 100)
+                assert m.dirty.nr_dirty + m.dirty.nr_writeback <= m.dirty.limit + 500
+            done.append(handle)
+
+        async with trio.open_nursery() as nursery:
+            for handle in range(1, 6):
+                nursery.start_soon(writer, handle)
+        assert sorted(done) == [1, 2, 3, 4, 5]
+        assert m.dirty.throttled > 0
+
+
+async def test_a_failing_owner_does_not_stop_the_task(
+    autojump_clock: trio.testing.MockClock, allow_logs: Callable[[str], None]
+) -> None:
+    allow_logs("write-back stopped: .*told to fail")
+    async with running() as m:
+        m.fail = True
+        m.make_dirty(1)
+        await trio.sleep(MINUTE_S)
+        m.fail = False
+        await trio.sleep(MINUTE_S)
+        assert m.order == [1]
+
+
+async def test_list_survives_leaving_in_any_order(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        for handle in range(1, 6):
+            m.make_dirty(handle)
+        for handle in (3, 1, 5, 2, 4):
+            m.states["ndirty"][handle] = 0
+            m.dirty.cancelled(1)
+            m.flusher.settle(handle)
+        assert m.flusher.nr_listed == 0
+        m.make_dirty(2)
+        await m.flusher.sync()
+        assert m.order == [2]

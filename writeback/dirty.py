@@ -1,0 +1,162 @@
+"""How much dirty memory there may be, and the writers who wait because there is too much.
+
+Counts are in pages; a dirty folio counts whole. Limits follow Linux: dirtyable memory is what is
+free above the reserves plus the file cache; the background threshold (10 %) starts the flusher,
+above the hard limit (20 %) a writer waits before it takes a folio, in FIFO order, until the
+flusher has cleaned enough. Writers never write. Counters may be raised by kernels; waiting and
+waking happen on the trio thread.
+
+Invariant: dirty + writeback <= limit + what each admitted writer dirties in one step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import trio
+
+BACKGROUND_RATIO = 10  # vm.dirty_background_ratio, percent of dirtyable memory
+RATIO = 20  # vm.dirty_ratio
+RATELIMIT_PAGES = 16  # pages dirtied between two looks at the limits (Linux's floor)
+LIMIT_MIN = 32  # pages: a writer can always dirty something when nothing is dirty
+NR_DIRTY, NR_WRITEBACK, NR_DIRTIED, NR_WRITTEN = range(4)  # NR_DIRTIED and NR_WRITTEN only grow
+
+
+def thresholds(dirtyable: int, background_ratio: int, ratio: int) -> tuple[int, int]:
+    """(background, limit) in pages, Linux's fixed point: ratios are scaled by 4096 first."""
+    limit = (ratio * 4096 // 100) * dirtyable // 4096
+    background = (background_ratio * 4096 // 100) * dirtyable // 4096
+    if background >= limit:
+        background = limit // 2
+    return background, limit
+
+
+class Dirty:
+    """The dirty accounting of one volume.
+
+    `dirtyable()` tells free pages above the reserves plus file LRU pages plus one;
+    `wake_flusher()` is called when there is something to clean, and costs nothing when repeated.
+    """
+
+    def __init__(
+        self,
+        dirtyable: Callable[[], int],
+        *,
+        background_ratio: int = BACKGROUND_RATIO,
+        ratio: int = RATIO,
+    ) -> None:
+        assert 0 < ratio <= 100
+        assert 0 < background_ratio <= 100
+        self.dirtyable = dirtyable
+        self.background_ratio = background_ratio
+        self.ratio = ratio
+        self.counts = np.zeros(4, np.int64)
+        self.wake_flusher: Callable[[], None] = lambda: None
+        self.throttled = 0  # times a writer had to wait
+        self._waiters: deque[tuple[int, trio.Event]] = deque()
+        self._looked_at = -RATELIMIT_PAGES
+        self.background = 0
+        self.limit = 0
+        self.update()
+
+    @property
+    def nr_dirty(self) -> int:
+        return int(self.counts[NR_DIRTY])
+
+    @property
+    def nr_writeback(self) -> int:
+        return int(self.counts[NR_WRITEBACK])
+
+    @property
+    def nr_waiting(self) -> int:
+        return len(self._waiters)
+
+    def update(self) -> None:
+        """Look at memory again and set the thresholds."""
+        background, limit = thresholds(
+            max(self.dirtyable(), 0), self.background_ratio, self.ratio
+        )
+        self.limit = max(limit, LIMIT_MIN)
+        self.background = max(background, LIMIT_MIN // 2)
+        self._looked_at = int(self.counts[NR_DIRTIED])
+        assert self.background < self.limit
+
+    def over_background(self) -> bool:
+        """Whether the flusher has work to do without being asked."""
+        self.update()
+        return bool(self.counts[NR_DIRTY] > self.background)
+
+    def dirtied(self, pages: int) -> None:
+        """`pages` became dirty (a kernel that counted them itself calls with 0)."""
+        counts = self.counts
+        counts[NR_DIRTY] += pages
+        counts[NR_DIRTIED] += pages
+        if counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
+            self.update()
+        if counts[NR_DIRTY] > self.background:
+            self.wake_flusher()
+
+    def start_writeback(self, pages: int) -> None:
+        """`pages` dirty pages are on their way to the device."""
+        self.counts[NR_DIRTY] -= pages
+        self.counts[NR_WRITEBACK] += pages
+        assert self.counts[NR_DIRTY] >= 0
+
+    def end_writeback(self, pages: int) -> None:
+        """`pages` pages are written (or have failed): writers may go on."""
+        self.counts[NR_WRITEBACK] -= pages
+        self.counts[NR_WRITTEN] += pages
+        assert self.counts[NR_WRITEBACK] >= 0
+        self.admit()
+
+    def cancelled(self, pages: int) -> None:
+        """`pages` dirty pages were thrown away by a truncation."""
+        self.counts[NR_DIRTY] -= pages
+        assert self.counts[NR_DIRTY] >= 0
+        self.admit()
+
+    def must_wait(self) -> bool:
+        """Whether a writer has to wait now; the cheap test before `balance`."""
+        counts = self.counts
+        if self._waiters:
+            return True
+        if counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
+            self.update()
+        return bool(counts[NR_DIRTY] + counts[NR_WRITEBACK] >= self.limit)
+
+    async def balance(self, pages: int) -> None:
+        """Wait until `pages` more may be dirtied. Call it before any folio is taken."""
+        if not self.must_wait():
+            return
+        self.update()
+        if not self.must_wait():
+            return
+        self.throttled += 1
+        waiter = (pages, trio.Event())
+        self._waiters.append(waiter)
+        self.wake_flusher()
+        try:
+            await self._wait_dirty_limit(waiter[1])
+        except BaseException:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            else:
+                self.admit()
+            raise
+
+    async def _wait_dirty_limit(self, event: trio.Event) -> None:
+        """The wait of balance_dirty_pages, named for stack dumps."""
+        await event.wait()
+
+    def admit(self) -> None:
+        """Wake the oldest waiters that fit under the limit."""
+        if not self._waiters:
+            return
+        self.update()
+        busy = int(self.counts[NR_DIRTY] + self.counts[NR_WRITEBACK])
+        while self._waiters and busy < self.limit:
+            pages, event = self._waiters.popleft()
+            busy += pages
+            event.set()
