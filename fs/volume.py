@@ -47,6 +47,7 @@ METADATA_PERIOD_S = 30  # dirty metadata goes home at least this often
 METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
 INODEGC_BACKLOG = 256  # unlinked inodes in line before transactions wait for them
+RESTART_S = 1.0  # between a background task's failure and its next attempt
 FLUSH_BREATH = 64  # inodes flushed between two turns of the other tasks
 
 default_log = logging.getLogger("nofailfs")
@@ -131,7 +132,6 @@ class Volume:
 
     async def _start(self, nursery: trio.Nursery) -> None:
         self.inodes.read_image = self._read_inode
-        self.inodes.busy = self.pages.busy
         self.inodes.evict = self.pages.evict
         self.inodes.start_inactivation = self._queue_inactivation
         await self.bufs.start()
@@ -150,12 +150,18 @@ class Volume:
         nursery.start_soon(self._in_background, self._inodegc)
 
     async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run a task for the volume's life; a bug in it is a shutdown, not the mount's death."""
-        try:
-            await work()
-        except Exception as error:
-            self.log.error("background task failed", exc_info=error)
-            self.shutdown(f"unexpected {type(error).__name__} in a background task: {error}")
+        """Run a task for the volume's life; a bug in it is a shutdown, not the mount's death.
+
+        The task starts again, because there may be somebody who waits for it.
+        """
+        while True:
+            try:
+                await work()
+            except Exception as error:
+                if not self.shut_down:
+                    self.log.error("background task failed", exc_info=error)
+                self.shutdown(f"unexpected {type(error).__name__} in a background task: {error}")
+            await trio.sleep(RESTART_S)
 
     async def _stop(self) -> None:
         """Write everything and mark the image clean; after a shutdown write nothing."""

@@ -4,11 +4,14 @@ An in-core inode is a slab record (the core in native form, the page-cache mappi
 the lists it is on) and an image of the inode's size whose literal area holds both forks in
 on-disk form. `Inode` is a short-lived view of it: two words, any number of them, equal by handle.
 
-References: every `get` counts one, FUSE's lookup count holds one while it is not zero, dirty
-data holds none. An inode without references stays cached until reclaim takes it, unless its last
-link is gone: then it is inactivated by a task of the volume's own.
+References: every `get` counts one; dirty data and the kernel's lookup count hold none. An inode
+without references stays cached until reclaim takes it. What the kernel has looked up is found
+again by its number, so reclaim leaves of such an inode only a stub with the count: the kernel
+caches names in its own memory and must not be able to fill ours. An inode without links is
+inactivated, by a task of the volume's own, when it has neither references nor lookups left.
 
-Invariants: one record per ino; a record with references, dirty state or pages is never reclaimed.
+Invariants: one record per ino; a record with references, dirty state or dirty pages is never
+reclaimed, nor one without links; an ino has a stub or a record, not both.
 Locking: trio thread only, atomic between awaits. IOLOCK and ILOCK are in the volume's lock tables.
 """
 
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 import trio
 
+from alloc import gfp
 from alloc.arena import Arena
 from alloc.jit import kernel
 from fs.cache.mapping import MAPPING
@@ -58,7 +62,7 @@ INODE = np.dtype(
         ("image", "u4"),  # slab object with the forks
         ("state", "u4"),
         ("refs", "u4"),
-        ("nlookup", "u8"),  # FUSE's lookup count
+        ("nlookup", "u8"),  # the kernel's lookup count
         ("hash_next", "u4"),
         ("lru_prev", "u4"),
         ("lru_next", "u4"),
@@ -73,9 +77,21 @@ assert INODE.itemsize == 512, INODE.itemsize
 assert INODE.fields is not None
 assert INODE.fields["mapping"][1] % 8 == 0
 
+RECLAIM_BATCH = 128  # inodes that one kernel call takes off the list
 S_VALID, S_DIRTY, S_LRU, S_REFERENCED, S_INACTIVE, S_BAD = 1, 2, 4, 8, 16, 32
 
-H_LRU_FIRST, H_LRU_LAST, H_DIRTY_FIRST, H_DIRTY_LAST, H_COUNT, H_DIRTY, H_MASK, H_WORDS = range(8)
+STUB = np.dtype(
+    [
+        ("ino", "u8"),
+        ("nlookup", "u8"),  # what the kernel will take back with FORGET
+        ("hash_next", "u4"),
+        ("pad", "u1", (12,)),
+    ]
+)
+assert STUB.itemsize == 32
+
+H_LRU_FIRST, H_LRU_LAST, H_LRU, H_DIRTY_FIRST, H_DIRTY_LAST, H_DIRTY, H_COUNT, H_MASK = range(8)
+H_WORDS = 8
 
 
 def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
@@ -139,6 +155,7 @@ def _lru_add(t, head, h):
     else:
         head[H_LRU_FIRST] = h
     head[H_LRU_LAST] = h
+    head[H_LRU] += 1
 
 
 @kernel(_table_args(1))
@@ -146,6 +163,7 @@ def _lru_remove(t, head, h):
     if not t[h].state & S_LRU:
         return
     t[h].state &= ~np.uint32(S_LRU)
+    head[H_LRU] -= 1
     before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
     if before:
         t[before].lru_next = after
@@ -155,6 +173,53 @@ def _lru_remove(t, head, h):
         t[after].lru_prev = before
     else:
         head[H_LRU_LAST] = before
+
+
+@kernel(_table_args(np.zeros(1, np.int64), 1))
+def _reclaim(t, head, out, scan):
+    """Take up to out.size idle inodes off the cold end; returns how many. Second chance."""
+    n = 0
+    for _ in range(min(scan, head[H_LRU])):
+        h = head[H_LRU_FIRST]
+        if n == out.size:
+            break
+        _lru_remove(t, head, h)
+        mapping = t[h].mapping
+        busy = t[h].state & (S_DIRTY | S_REFERENCED) or t[h].nlink == 0
+        if busy or mapping.flags or mapping.ndirty or mapping.nrwriteback:
+            t[h].state &= ~np.uint32(S_REFERENCED)
+            _lru_add(t, head, h)
+            continue
+        out[n] = h
+        n += 1
+    return n
+
+
+@kernel(lambda: (np.zeros(1, STUB), _BUCKETS, 1, 1))
+def _stub_insert(stubs, buckets, ino, stub):
+    slot = ((ino * 0x9E3779B1) >> 8) & (buckets.size - 1)
+    stubs[stub].hash_next = buckets[slot]
+    buckets[slot] = stub
+
+
+@kernel(lambda: (np.zeros(1, STUB), _BUCKETS, 1, 1))
+def _stub_forget(stubs, buckets, ino, count):
+    """Take `count` lookups off a stub; its handle, unlinked, when none are left; else 0."""
+    slot = ((ino * 0x9E3779B1) >> 8) & (buckets.size - 1)
+    before, at = 0, np.int64(buckets[slot])
+    while at != 0 and np.int64(stubs[at].ino) != ino:
+        before, at = at, np.int64(stubs[at].hash_next)
+    if at == 0:
+        return 0
+    left = np.int64(stubs[at].nlookup) - count
+    if left > 0:
+        stubs[at].nlookup = left
+        return 0
+    if before:
+        stubs[before].hash_next = stubs[at].hash_next
+    else:
+        buckets[slot] = stubs[at].hash_next
+    return at
 
 
 @kernel(_table_args(1))
@@ -270,9 +335,9 @@ class Inode:
 class InodeCache:
     """All in-core inodes of one volume.
 
-    `read_image(ip)` fills a fresh record from the image; `busy(handle)` says whether the page
-    cache still needs it, `evict(handle)` drops its clean folios, and `inactivate(ip)` is started
-    as a task when the last reference of an unlinked inode goes. The volume supplies all four.
+    `read_image(ip)` fills a fresh record from the image; `evict(handle)` drops the clean folios
+    of an idle inode; `start_inactivation(ip)` has an inode without links or users freed. The
+    volume supplies all three.
     """
 
     name = "xfs_inode"
@@ -284,25 +349,28 @@ class InodeCache:
         self._slab = arena.slab("xfs_inode", INODE)
         size = 1 << inode_log
         self._images = arena.slab(f"xfs_ifork-{size}", np.dtype([("bytes", "u1", (size,))]))
+        self._stubs = arena.slab("xfs_inode_stub", STUB)
         self.table = self._slab.table
         self.fields = {name: self.table[name] for name in INODE.names or ()}
         self._head = np.zeros(H_WORDS, np.int64)
         self._loads: dict[int, trio.Event] = {}
+        self._idle = np.zeros(RECLAIM_BATCH, np.int64)
         self.read_image: Callable[[Inode], Any]
-        self.busy: Callable[[int], bool] = lambda handle: False
         self.evict: Callable[[int], None] = lambda handle: None
         self.start_inactivation: Callable[[Inode], None]
 
     async def start(self) -> None:
         """Take the memory of the hash buckets."""
-        pages = max(1, self._arena.mem.size // 4096 // 2048)
-        order = min(6, (pages - 1).bit_length())
-        pfn = await self._arena.alloc_folio(order)
-        raw = self._arena.mem[pfn * 4096 : (pfn << 12) + (4096 << order)]
-        raw[:] = 0
-        self._buckets = raw.view(np.uint32)
+        self._buckets = await self._new_buckets()
+        self._stub_buckets = await self._new_buckets()
         self._head[H_MASK] = self._buckets.size - 1
         self._arena.register_shrinker(self)
+
+    async def _new_buckets(self) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        pages = max(1, self._arena.mem.size // 4096 // 2048)
+        order = min(6, (pages - 1).bit_length())
+        pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
+        return self._arena.mem[pfn << 12 : (pfn << 12) + (4096 << order)].view(np.uint32)
 
     # -- references -----------------------------------------------------------------------------
 
@@ -348,6 +416,7 @@ class InodeCache:
             await self.read_image(ip)
             if not ip.mode:
                 raise FileNotFoundError(2, f"inode {ino} is free")
+            ip.nlookup = self._take_stub(ino)
             ip.state |= S_VALID
             return ip
         except BaseException:
@@ -404,15 +473,70 @@ class InodeCache:
         refs = self.fields["refs"]
         assert refs[handle] > 0
         refs[handle] -= 1
-        if refs[handle]:
-            return
-        mode, nlink = self.fields["mode"][handle], self.fields["nlink"][handle]
-        if mode and not nlink and not ip.state & (S_INACTIVE | S_BAD):
-            ip.state |= S_INACTIVE
-            self.start_inactivation(self.hold(handle))
+        if refs[handle] or self._inactivates(ip):
             return
         self.fields["state"][handle] |= S_REFERENCED
         _lru_add(self.table, self._head, handle)
+
+    def _inactivates(self, ip: Inode) -> bool:
+        """Start freeing an unreferenced inode whose last link is gone, if nobody can reach it."""
+        handle = ip.handle
+        if self.fields["nlink"][handle] or not self.fields["mode"][handle]:
+            return False
+        if self.fields["state"][handle] & (S_INACTIVE | S_BAD) or self.fields["nlookup"][handle]:
+            return False
+        ip.state |= S_INACTIVE
+        self.start_inactivation(self.hold(handle))
+        return True
+
+    # -- the kernel's lookup counts -------------------------------------------------------------
+
+    def looked_up(self, ip: Inode) -> None:
+        """The kernel was told of the inode once more."""
+        self.fields["nlookup"][ip.handle] += 1
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel takes back `count` lookups."""
+        handle = _find(self.table, self._head, self._buckets, ino)
+        if not handle:
+            stub = int(_stub_forget(self._stubs.table, self._stub_buckets, ino, count))
+            if stub:
+                self._stubs.free(stub)
+            return
+        nlookup = self.fields["nlookup"]
+        nlookup[handle] = max(0, int(nlookup[handle]) - count)
+        if not nlookup[handle] and not self.fields["refs"][handle]:
+            self._inactivates(Inode(self, handle))
+
+    def forget_all(self) -> None:
+        """The kernel is gone and forgot to say so: no lookup count holds any longer."""
+        for handle in self.handles():
+            if self.fields["nlookup"][handle]:
+                self.forget(int(self.fields["ino"][handle]), 1 << 62)
+
+    def _take_stub(self, ino: int) -> int:
+        """The lookup count that reclaim kept; its stub is gone."""
+        stub = int(_stub_forget(self._stubs.table, self._stub_buckets, ino, 1 << 62))
+        if not stub:
+            return 0
+        count = int(self._stubs.table["nlookup"][stub])
+        self._stubs.free(stub)
+        return count
+
+    def _leave_stub(self, handle: int) -> bool:
+        """Keep the lookup count of an inode about to be reclaimed; False if that needs memory."""
+        count = int(self.fields["nlookup"][handle])
+        if not count:
+            return True
+        # Reclaim itself: whoever waits here would wait for himself. The inode stays cached then.
+        stub = self._stubs.try_alloc(gfp.MEMALLOC | gfp.NOWAIT)
+        if stub is None:
+            return False
+        ino = int(self.fields["ino"][handle])
+        record = self._stubs.table[stub]
+        record["ino"], record["nlookup"] = ino, count
+        _stub_insert(self._stubs.table, self._stub_buckets, ino, stub)
+        return True
 
     def handles(self) -> list[int]:
         """Every in-core inode's handle; O(inodes), for unmount and reports."""
@@ -460,22 +584,21 @@ class InodeCache:
         self._slab.free(handle)
 
     def count_objects(self) -> int:
-        return int(self._head[H_COUNT])
+        return int(self._head[H_LRU])
 
     def scan_objects(self, nr: int, gfp_flags: int) -> int:
-        """Free up to `nr` unreferenced clean inodes from the cold end; never waits."""
-        freed = 0
-        state = self.fields["state"]
-        for _ in range(min(nr, int(self._head[H_COUNT]))):
-            handle = int(self._head[H_LRU_FIRST])
-            if not handle:
-                break
-            _lru_remove(self.table, self._head, handle)
-            if state[handle] & (S_DIRTY | S_REFERENCED) or self.busy(handle):
-                state[handle] &= ~np.uint32(S_REFERENCED)
-                _lru_add(self.table, self._head, handle)
-                continue
-            self.evict(handle)
-            self._drop(handle)
-            freed += 1
+        """Free idle clean inodes from the cold end, looking at up to `nr`; never waits."""
+        freed, looked_at = 0, 0
+        while looked_at < nr:
+            batch = min(RECLAIM_BATCH, nr - looked_at)
+            out = self._idle[:batch]
+            n = _reclaim(self.table, self._head, out, batch)
+            for handle in out[:n].tolist():
+                if not self._leave_stub(handle):
+                    _lru_add(self.table, self._head, handle)
+                    continue
+                self.evict(handle)
+                self._drop(handle)
+                freed += 1
+            looked_at += batch
         return freed

@@ -1,0 +1,392 @@
+"""The FUSE front: pyfuse3's request handlers over a volume.
+
+Thin on purpose: a handler finds its inodes, calls one operation of the filesystem, and answers.
+What an operation may raise is an OSError; the guard makes replies of errors.
+
+References. The inode cache keeps the kernel's lookup counts; they keep no inode in core, because
+FUSE's number of an inode is its ino and finds it again. An open file or directory holds a
+reference, named in its file handle. An unlinked inode is freed when the kernel has forgotten it
+and nobody has it open.
+
+Waiting. pyfuse3 handles each request in a task and stops reading when `max_tasks` of them are
+busy; the mount sets that above the number of requests the kernel can have outstanding, so that
+requests that wait never keep out the ones that they wait for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+
+from fs import file, namespace, xattr
+from fs.cache.inode import Inode
+from fs.front import acl, attrs, handles
+from fs.front.atime import AccessTimes
+from fs.front.guard import Gate, guarded
+from fs.front.options import MountOptions
+from fs.front.statfs import statfs
+from fs.xfs import dir as directory
+from fs.xfs import layout as L
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fs.volume import Volume
+
+READDIR_BATCH = 64  # entries read under one hold of the directory's lock
+OWN_NAMES = (b".", b"..")
+
+
+@guarded
+class Operations(pyfuse3.Operations):
+    """Request handlers of one mounted volume."""
+
+    supports_dot_lookup = False  # handles of forgotten inodes are refused: ESTALE
+
+    def __init__(self, vol: Volume, options: MountOptions) -> None:
+        super().__init__()
+        self.vol = vol
+        self.gate = Gate(vol, vol.log)
+        self.enable_acl = options.acl
+        self.enable_writeback_cache = options.cache == "writeback"
+        self._direct = options.cache == "none"
+        self._sync = handles.FULL_SYNC if options.sync else 0
+        self._dirsync = options.sync or options.dirsync
+        self._times = AccessTimes(vol, options.atime, directories=options.diratime)
+        self._root: Inode | None = None
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Pin the root: the kernel knows it without having looked it up."""
+        self._root = await self.vol.inodes.get(self.vol.geo.root_ino)
+
+    def stop(self) -> None:
+        """The kernel is gone and forgot to say so: drop every lookup count."""
+        self.vol.inodes.forget_all()
+        if self._root is not None:
+            self.vol.inodes.put(self._root)
+            self._root = None
+
+    def stacktrace(self) -> None:
+        """Asked for through an extended attribute of the root."""
+        for line in self.gate.waiters():
+            self.vol.log.info("%s", line)
+
+    # -- references -----------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _using(self, *nodes: int) -> AsyncIterator[Any]:
+        """Hold the inodes behind FUSE's numbers: one inode, or a tuple of several."""
+        held: list[Inode] = []
+        try:
+            for node in nodes:
+                held.append(await self._inode(attrs.ino_of(self.vol, node)))
+            yield held[0] if len(held) == 1 else tuple(held)
+        finally:
+            for ip in held:
+                self.vol.inodes.put(ip)
+
+    async def _inode(self, ino: int) -> Inode:
+        ip = self.vol.inodes.find(ino)
+        if ip is not None:
+            return ip
+        try:
+            return await self.vol.inodes.get(ino)
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, f"inode {ino} is gone") from None
+
+    def _opened(self, fh: int) -> Inode:
+        """The inode of an open file, which its handle keeps in core."""
+        return Inode(self.vol.inodes, handles.inode_handle(fh))
+
+    def _looked_up(self, ip: Inode) -> pyfuse3.EntryAttributes:
+        """Tell the kernel of an inode, and drop our reference."""
+        reply = attrs.entry(self.vol, ip, attrs.node_id(self.vol, ip.ino))
+        self.vol.inodes.looked_up(ip)
+        self.vol.inodes.put(ip)
+        return reply
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for node, count in inode_list:
+            if node != pyfuse3.ROOT_INODE:
+                self.vol.inodes.forget(node, count)
+
+    # -- names ----------------------------------------------------------------------------------
+
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        async with self._using(parent_inode) as dp:
+            if name == b".":
+                return self._looked_up(self.vol.inodes.hold(dp.handle))
+            try:
+                ip = await namespace.lookup(self.vol, dp, name)
+            except FileNotFoundError:
+                return self._absent()
+            return self._looked_up(ip)
+
+    def _absent(self) -> pyfuse3.EntryAttributes:
+        """That there is no such name is worth remembering: only this mount can make it."""
+        reply = pyfuse3.EntryAttributes()
+        reply.st_ino = 0
+        reply.entry_timeout = attrs.CACHE_SECONDS
+        return reply
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        async with self._using(parent_inode) as dp:
+            number = attrs.stored_rdev(rdev) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
+            ip = await namespace.create(self.vol, dp, name, mode, ctx.uid, ctx.gid, number)
+            await self._complete(dp, ip)
+            return self._looked_up(ip)
+
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        async with self._using(parent_inode) as dp:
+            ip = await namespace.mkdir(self.vol, dp, name, mode, ctx.uid, ctx.gid)
+            await self._complete(dp, ip)
+            return self._looked_up(ip)
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        async with self._using(parent_inode) as dp:
+            ip = await namespace.symlink(self.vol, dp, name, target, ctx.uid, ctx.gid)
+            await self._settle(dp)
+            return self._looked_up(ip)
+
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        async with self._using(inode, new_parent_inode) as (ip, dp):
+            await namespace.link(self.vol, dp, new_name, ip)
+            await self._settle(dp)
+            return self._looked_up(self.vol.inodes.hold(ip.handle))
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        async with self._using(parent_inode) as dp:
+            await namespace.unlink(self.vol, dp, name)
+            await self._settle(dp)
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        async with self._using(parent_inode) as dp:
+            await namespace.rmdir(self.vol, dp, name)
+            await self._settle(dp)
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        async with self._using(parent_inode_old, parent_inode_new) as (odp, ndp):
+            await namespace.rename(self.vol, odp, name_old, ndp, name_new, flags)
+            await self._settle(odp)
+
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        async with self._using(inode) as ip:
+            target = await namespace.readlink(self.vol, ip)
+            await self._times.touch(ip)
+            return bytes(target)
+
+    async def _complete(self, dp: Inode, ip: Inode) -> None:
+        """What a new inode still needs. It exists already: a failure is only logged."""
+        try:
+            if self.enable_acl:
+                await acl.inherit(self.vol, dp, ip)
+            await self._settle(dp)
+        except OSError as error:
+            self.vol.log.error("inode %d was made, but: %s", ip.ino, error)
+
+    async def _settle(self, dp: Inode) -> None:
+        """With `dirsync` a change of names returns when it is on the device."""
+        if self._dirsync:
+            await file.fsync(self.vol, dp, False)
+
+    # -- attributes -----------------------------------------------------------------------------
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        async with self._using(inode) as ip:
+            return attrs.entry(self.vol, ip, ip.ino)
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        async with self._using(inode) as ip:
+            if fields.update_size:
+                self._check_open(ip, os.O_WRONLY | os.O_TRUNC)
+                await file.truncate(self.vol, ip, attr.st_size)
+            changes = _changes(attr, fields)
+            if changes:
+                await namespace.setattr(self.vol, ip, changes)
+                if fields.update_mode and self.enable_acl:
+                    await acl.follow_mode(self.vol, ip)
+            return attrs.entry(self.vol, ip, ip.ino)
+
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return True  # the kernel checks: every mount has default_permissions
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        return await statfs(self.vol)
+
+    # -- extended attributes --------------------------------------------------------------------
+
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        async with self._using(inode) as ip:
+            await xattr.set(self.vol, ip, name, value)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        async with self._using(inode) as ip:
+            if not ip.forkoff:  # the kernel asks before each write; answer at once
+                raise OSError(pyfuse3.ENOATTR, "no attributes")
+            return await xattr.get(self.vol, ip, name)
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        async with self._using(inode) as ip:
+            return await xattr.names(self.vol, ip) if ip.forkoff else []
+
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        async with self._using(inode) as ip:
+            await xattr.remove(self.vol, ip, name)
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def _check_open(self, ip: Inode, flags: int) -> None:
+        """Inode flags that forbid what the mode allows. Raises OSError(EPERM)."""
+        if not handles.is_writing(flags):
+            return
+        if ip.flags & L.DIFLAG_IMMUTABLE:
+            raise OSError(errno.EPERM, "the file is immutable")
+        if ip.flags & L.DIFLAG_APPEND and (flags & os.O_TRUNC or not flags & os.O_APPEND):
+            raise OSError(errno.EPERM, "the file is append-only")
+
+    def _file_info(self, ip: Inode, flags: int, uid: int) -> pyfuse3.FileInfo:
+        """The reply to an open; the reference on `ip` becomes the file handle's."""
+        fh = handles.pack(ip.handle, flags, uid) | self._sync
+        return pyfuse3.FileInfo(fh=fh, direct_io=self._direct, keep_cache=not self._direct)
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        async with self._using(inode) as ip:
+            self._check_open(ip, flags)
+            if flags & os.O_TRUNC and handles.is_writing(flags):
+                await file.truncate(self.vol, ip, 0)
+            return self._file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        async with self._using(parent_inode) as dp:
+            ip = await namespace.create(self.vol, dp, name, mode, ctx.uid, ctx.gid)
+            await self._complete(dp, ip)
+            info = self._file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
+            return info, self._looked_up(ip)
+
+    async def read(self, fh: int, off: int, size: int) -> Any:
+        ip = self._opened(fh)
+        if off < ip.size:
+            await self._times.touch(ip)
+        return await file.read(self.vol, ip, off, size)  # may be a view: no await behind it
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        ip = self._opened(fh)
+        # With direct I/O the kernel leaves set-id bits to us; pyfuse3 does not say who writes.
+        kill = self._direct and bool(fh & handles.ORDINARY)
+        done = await file.write(self.vol, ip, off, buf, kill_privileges=kill)
+        if fh & (handles.DATA_SYNC | handles.FULL_SYNC):
+            await file.fsync(self.vol, ip, not fh & handles.FULL_SYNC)
+        return done
+
+    async def flush(self, fh: int) -> None:
+        # Closing a file writes nothing, as in XFS; ENOSYS tells the kernel not to ask again.
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await file.fsync(self.vol, self._opened(fh), datasync)
+
+    async def release(self, fh: int) -> None:
+        ip = self._opened(fh)
+        try:
+            if not self.vol.shut_down:
+                await file.release(self.vol, ip)
+        finally:
+            self.vol.inodes.put(ip)
+
+    # -- directories ----------------------------------------------------------------------------
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        async with self._using(inode) as dp:
+            return handles.pack(self.vol.inodes.hold(dp.handle).handle, os.O_RDONLY)
+
+    async def releasedir(self, fh: int) -> None:
+        self.vol.inodes.put(self._opened(fh))
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await file.fsync(self.vol, self._opened(fh), datasync)
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        dp, cookie, told = self._opened(fh), start_id, 0
+        try:
+            while True:
+                async with self.vol.reader(dp) as tp:
+                    batch = await directory.read(tp, dp, cookie, READDIR_BATCH)
+                for name, ino, _, cookie in batch:
+                    if not await self._tell(token, name, ino, cookie):
+                        return
+                    told += 1
+                if not batch:
+                    return
+        except OSError:
+            if not told:  # what was told counts as looked up; the error comes with the next call
+                raise
+        finally:
+            await self._times.touch(dp, directory=True)
+
+    async def _tell(self, token: pyfuse3.ReaddirToken, name: bytes, ino: int, cookie: int) -> bool:
+        """Put one entry into the reply; False if it is full. Counts a lookup if it went in."""
+        if name in OWN_NAMES:
+            reply = pyfuse3.EntryAttributes()
+            reply.st_ino, reply.st_mode = ino, stat.S_IFDIR
+            return bool(pyfuse3.readdir_reply(token, name, reply, cookie))
+        ip = await self.vol.inodes.get(ino)
+        try:
+            reply = attrs.entry(self.vol, ip, attrs.node_id(self.vol, ino))
+            fits = bool(pyfuse3.readdir_reply(token, name, reply, cookie))
+            if fits:
+                self.vol.inodes.looked_up(ip)
+            return fits
+        finally:
+            self.vol.inodes.put(ip)
+
+
+def _changes(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> dict[str, int]:
+    """What a setattr changes besides the size, under in-core names and in in-core units."""
+    changes: dict[str, int] = {}
+    if fields.update_mode:
+        changes["mode"] = attr.st_mode
+    if fields.update_uid:
+        changes["uid"] = attr.st_uid
+    if fields.update_gid:
+        changes["gid"] = attr.st_gid
+    for name in ("atime", "mtime", "ctime"):
+        if getattr(fields, f"update_{name}"):
+            changes[name] = getattr(attr, f"st_{name}_ns") + attrs.EPOCH_NS
+    return changes
