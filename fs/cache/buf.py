@@ -27,6 +27,14 @@ import trio
 from alloc import gfp
 from alloc.arena import Arena
 from alloc.jit import kernel
+from fs.cache.thread import (
+    bucket_of,
+    chain_find,
+    chain_insert,
+    chain_remove,
+    list_append,
+    list_remove,
+)
 from fs.device.base import Device
 from fs.errors import Corrupt
 from fs.xfs import layout as L
@@ -57,7 +65,8 @@ assert BUF.itemsize == 64
 F_VALID, F_DIRTY, F_WRITING, F_STALE, F_REFERENCED = 1, 2, 4, 8, 16
 
 # Words of the cache's head array.
-H_LRU_FIRST, H_LRU_LAST, H_DIRTY_FIRST, H_DIRTY_LAST, H_COUNT, H_DIRTY, H_MASK, H_WORDS = range(8)
+H_LRU, H_DIRTY = 0, 2  # two words each: first and last
+H_COUNT, H_DIRTY_BYTES, H_WORDS = 4, 5, 6
 
 
 def _no_fault(geo: Geometry, buf: Buf, owner: int | None) -> str:
@@ -130,109 +139,57 @@ _BUCKETS = np.zeros(1, np.uint32)
 
 
 @kernel(_table_args(_BUCKETS, 1))
-def _lookup(t, head, buckets, daddr):
-    h = np.int64(buckets[((daddr * 0x9E3779B1) >> 8) & head[H_MASK]])
-    while h != 0 and t[h].daddr != daddr:
-        h = np.int64(t[h].hash_next)
-    return h
-
-
-@kernel(_table_args(_BUCKETS, 1))
 def _hold(t, head, buckets, daddr):
     """Find a valid buffer and hold it; 0 if there is none, -1 if its read is under way."""
-    h = _lookup(t, head, buckets, daddr)
+    h = chain_find(t["daddr"], t["hash_next"], buckets, daddr)
     if h == 0:
         return 0
-    if not t[h].flags & F_VALID:
+    if not t["flags"][h] & F_VALID:
         return -1
-    t[h].hold += 1
-    t[h].flags |= F_REFERENCED
+    t["hold"][h] += 1
+    t["flags"][h] |= F_REFERENCED
     return h
 
 
 @kernel(_table_args(_BUCKETS, 1))
 def _insert(t, head, buckets, h):
-    slot = ((t[h].daddr * 0x9E3779B1) >> 8) & head[H_MASK]
-    t[h].hash_next = buckets[slot]
-    buckets[slot] = h
-    last = head[H_LRU_LAST]
-    t[h].lru_prev, t[h].lru_next = last, 0
-    if last:
-        t[last].lru_next = h
-    else:
-        head[H_LRU_FIRST] = h
-    head[H_LRU_LAST] = h
+    chain_insert(t["hash_next"], buckets, bucket_of(buckets, np.int64(t["daddr"][h])), h)
+    list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
     head[H_COUNT] += 1
-
-
-@kernel(_table_args(1))
-def _lru_unlink(t, head, h):
-    before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
-    if before:
-        t[before].lru_next = after
-    else:
-        head[H_LRU_FIRST] = after
-    if after:
-        t[after].lru_prev = before
-    else:
-        head[H_LRU_LAST] = before
 
 
 @kernel(_table_args(_BUCKETS, 1))
 def _remove(t, head, buckets, h):
-    slot = ((t[h].daddr * 0x9E3779B1) >> 8) & head[H_MASK]
-    at = np.int64(buckets[slot])
-    if at == h:
-        buckets[slot] = t[h].hash_next
-    else:
-        while np.int64(t[at].hash_next) != h:
-            at = np.int64(t[at].hash_next)
-        t[at].hash_next = t[h].hash_next
-    _lru_unlink(t, head, h)
+    chain_remove(t["hash_next"], buckets, bucket_of(buckets, np.int64(t["daddr"][h])), h)
+    list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
     head[H_COUNT] -= 1
 
 
 @kernel(_table_args(1))
 def _mark_dirty(t, head, h):
-    if t[h].flags & F_DIRTY:
-        return
-    t[h].flags |= F_DIRTY
-    last = head[H_DIRTY_LAST]
-    t[h].dirty_prev, t[h].dirty_next = last, 0
-    if last:
-        t[last].dirty_next = h
-    else:
-        head[H_DIRTY_FIRST] = h
-    head[H_DIRTY_LAST] = h
-    head[H_DIRTY] += t[h].size
+    if not t["flags"][h] & F_DIRTY:
+        t["flags"][h] |= F_DIRTY
+        list_append(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
+        head[H_DIRTY_BYTES] += t["size"][h]
 
 
 @kernel(_table_args(1))
 def _mark_clean(t, head, h):
-    if not t[h].flags & F_DIRTY:
-        return
-    t[h].flags &= ~np.uint32(F_DIRTY)
-    before, after = np.int64(t[h].dirty_prev), np.int64(t[h].dirty_next)
-    if before:
-        t[before].dirty_next = after
-    else:
-        head[H_DIRTY_FIRST] = after
-    if after:
-        t[after].dirty_prev = before
-    else:
-        head[H_DIRTY_LAST] = before
-    head[H_DIRTY] -= t[h].size
+    if t["flags"][h] & F_DIRTY:
+        t["flags"][h] &= ~np.uint32(F_DIRTY)
+        list_remove(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
+        head[H_DIRTY_BYTES] -= t["size"][h]
 
 
 @kernel(_table_args(np.zeros(1, np.int64)))
 def _collect_dirty(t, head, out):
     """Handles of dirty buffers that are not on their way already; returns how many."""
-    n, h = 0, head[H_DIRTY_FIRST]
+    n, h = 0, head[H_DIRTY]
     while h and n < out.size:
-        if not t[h].flags & F_WRITING:
+        if not t["flags"][h] & F_WRITING:
             out[n] = h
             n += 1
-        h = np.int64(t[h].dirty_next)
+        h = np.int64(t["dirty_next"][h])
     return n
 
 
@@ -241,26 +198,23 @@ def _reclaim(t, head, buckets, out, scan):
     """Take up to out.size idle buffers off the cold end; returns how many. Second chance."""
     n = 0
     for _ in range(scan):
-        h = head[H_LRU_FIRST]
+        h = head[H_LRU]
         if h == 0 or n == out.size:
             break
-        idle = t[h].hold == 0 and not t[h].flags & (F_DIRTY | F_WRITING)
-        if idle and not t[h].flags & F_REFERENCED and t[h].flags & F_VALID:
+        flags = t["flags"][h] & (F_VALID | F_DIRTY | F_WRITING | F_REFERENCED)
+        if t["hold"][h] == 0 and flags == F_VALID:
             _remove(t, head, buckets, h)
             out[n] = h
             n += 1
             continue
-        t[h].flags &= ~np.uint32(F_REFERENCED)
-        _lru_unlink(t, head, h)
-        last = head[H_LRU_LAST]
-        t[h].lru_prev, t[h].lru_next = last, 0
-        if last:
-            t[last].lru_next = h
-        else:
-            head[H_LRU_FIRST] = h
-        head[H_LRU_LAST] = h
+        t["flags"][h] &= ~np.uint32(F_REFERENCED)
+        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
+        list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
     return n
 
+
+# Where the parts of a buffer are: (daddr, basic blocks) of each, or nothing if it is in one piece.
+Runs = tuple[tuple[int, int], ...]
 
 RECLAIM_BATCH = 128
 WRITE_BATCH = 4096  # buffers looked at in one pass of the writer
@@ -288,6 +242,7 @@ class BufCache:
         self._ops: list[BufOps] = []
         self._ops_index: dict[int, int] = {}
         self._reads: dict[int, trio.Event] = {}
+        self._runs: dict[int, Runs] = {}  # of the few buffers that are not in one piece
         self._writing = trio.Event()
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
         self._writer = trio.Lock()
@@ -300,7 +255,6 @@ class BufCache:
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
         raw = self.mem[pfn * PAGE_SIZE : (pfn << 12) + (PAGE_SIZE << order)]
         self._buckets = raw.view(np.uint32)
-        self._head[H_MASK] = self._buckets.size - 1
         order = 4 if self._arena.mem.size < 64 << 20 else 6
         self._bounce_pfn = await self._arena.alloc_folio(order, gfp.KERNEL)
         self._bounce_bytes = PAGE_SIZE << order
@@ -318,17 +272,22 @@ class BufCache:
             self._ops.append(ops)
         self.table["ops"][handle] = index
 
-    async def read(self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None) -> Buf:
-        """Hold a verified buffer. Raises Corrupt, or OSError from the device."""
+    async def read(
+        self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None, runs: Runs = ()
+    ) -> Buf:
+        """Hold a verified buffer. Raises Corrupt, or OSError from the device.
+
+        `runs` says where its parts are if it is not in one piece; `daddr` is the first one's.
+        """
         while True:
             handle = _hold(self.table, self._head, self._buckets, daddr)
             if handle > 0:
                 buf = Buf(self, handle)
-                self._check_cached(buf, bbs, ops, owner)
+                self._check_cached(buf, bbs, ops, owner, runs)
                 return buf
             under_way = self._reads.get(daddr)
             if under_way is None:
-                return await self._read_device(daddr, bbs, ops, owner)
+                return await self._read_device(daddr, bbs, ops, owner, runs)
             await under_way.wait()
 
     def find(self, daddr: int) -> Buf | None:
@@ -336,11 +295,15 @@ class BufCache:
         handle = _hold(self.table, self._head, self._buckets, daddr)
         return Buf(self, handle) if handle > 0 else None
 
-    def _check_cached(self, buf: Buf, bbs: int, ops: BufOps, owner: int | None) -> None:
+    def _check_cached(
+        self, buf: Buf, bbs: int, ops: BufOps, owner: int | None, runs: Runs
+    ) -> None:
         """A block that is asked for as something else than it was read as is checked again."""
         fault = ""
         if buf.bbs != bbs:
             fault = f"used with {bbs} and {buf.bbs} basic blocks"
+        elif self._runs.get(buf.handle, ()) != runs:
+            fault = "used with different parts"
         elif buf.ops is not ops or self.table["owner"][buf.handle] != (owner or 0):
             fault = ops.verify(self._geo, buf, owner)
             if not fault:
@@ -350,17 +313,24 @@ class BufCache:
             self.release(buf.handle)
             raise self._corrupt(ops, buf.daddr, fault)
 
-    async def _read_device(self, daddr: int, bbs: int, ops: BufOps, owner: int | None) -> Buf:
-        if daddr < 0 or (daddr + bbs) << L.BB_LOG > self._device.size:
-            raise self._corrupt(ops, daddr, "beyond the end of the device")
+    async def _read_device(
+        self, daddr: int, bbs: int, ops: BufOps, owner: int | None, runs: Runs
+    ) -> Buf:
+        for start, count in runs or ((daddr, bbs),):
+            if start < 0 or (start + count) << L.BB_LOG > self._device.size:
+                raise self._corrupt(ops, daddr, "beyond the end of the device")
         done = self._reads[daddr] = trio.Event()
         handle = 0
         try:
-            handle = await self._new(daddr, bbs << L.BB_LOG, ops)
+            handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
             buf = Buf(self, handle)
             _insert(self.table, self._head, self._buckets, handle)
             self.counts["reads"] += 1
-            await self._device.read(daddr << L.BB_LOG, [buf.data.data])
+            at = buf.addr
+            for start, count in runs or ((daddr, bbs),):
+                view = self.mem[at : at + (count << L.BB_LOG)].data
+                await self._device.read(start << L.BB_LOG, [view])
+                at += count << L.BB_LOG
             fault = ""
             if ops.crc_offset is not None and not crc_ok(
                 buf.mem, buf.addr, buf.size, ops.crc_offset
@@ -380,8 +350,8 @@ class BufCache:
             del self._reads[daddr]
             done.set()
 
-    async def get(self, daddr: int, bbs: int, ops: BufOps) -> Buf:
-        """Hold a buffer for a newly allocated block: zeroed, not read."""
+    async def get(self, daddr: int, bbs: int, ops: BufOps, runs: Runs = ()) -> Buf:
+        """Hold a buffer for a newly allocated block: zeroed, not read. `runs` as in `read`."""
         while True:
             handle = _hold(self.table, self._head, self._buckets, daddr)
             under_way = self._reads.get(daddr)
@@ -391,9 +361,10 @@ class BufCache:
             if handle > 0:
                 buf = Buf(self, handle)
                 assert buf.bbs == bbs, "a freed block kept its buffer"
+                self._set_runs(handle, runs)
             else:
                 done = self._reads[daddr] = trio.Event()
-                handle = await self._new(daddr, bbs << L.BB_LOG, ops)
+                handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
                 _insert(self.table, self._head, self._buckets, handle)
                 self.flags[handle] |= F_VALID
                 del self._reads[daddr]
@@ -404,7 +375,14 @@ class BufCache:
             self.table["owner"][handle] = 0
             return buf
 
-    async def _new(self, daddr: int, size: int, ops: BufOps) -> int:
+    def _set_runs(self, handle: int, runs: Runs) -> None:
+        if runs:
+            assert runs[0][0] == int(self.table["daddr"][handle])
+            self._runs[handle] = runs
+        else:
+            self._runs.pop(handle, None)
+
+    async def _new(self, daddr: int, size: int, ops: BufOps, runs: Runs) -> int:
         """A descriptor with data memory, held once, not yet findable."""
         handle = await self._slab.alloc()
         record = self.table[handle]
@@ -417,6 +395,7 @@ class BufCache:
         record["data"], record["daddr"], record["size"] = data, daddr, size
         record["hold"], record["flags"] = 1, F_REFERENCED
         self.set_ops(handle, ops)
+        self._set_runs(handle, runs)
         return handle
 
     def _corrupt(self, ops: BufOps, daddr: int, fault: str) -> Corrupt:
@@ -456,6 +435,7 @@ class BufCache:
         record = self.table[handle]
         size, data = int(record["size"]), int(record["data"])
         record["daddr"] = -1
+        self._runs.pop(handle, None)
         if size >= PAGE_SIZE:
             self._arena.put_folio(data)
         else:
@@ -483,7 +463,7 @@ class BufCache:
 
     @property
     def dirty_bytes(self) -> int:
-        return int(self._head[H_DIRTY])
+        return int(self._head[H_DIRTY_BYTES])
 
     async def write_dirty(self) -> None:
         """Write every buffer that is dirty now, in device order. The caller flushes the device.
@@ -522,9 +502,12 @@ class BufCache:
                 buf = Buf(self, handle)
                 if run and (buf.daddr != expected or at + buf.size > start + self._bounce_bytes):
                     break
+                if run and handle in self._runs:  # in parts: no neighbour goes with it
+                    break
                 self._stamp(buf)
                 self.mem[at : at + buf.size] = buf.data
-                at, expected = at + buf.size, buf.daddr + buf.bbs
+                at += buf.size
+                expected = -1 if handle in self._runs else buf.daddr + buf.bbs
                 _mark_clean(self.table, self._head, handle)
                 self.flags[handle] |= F_WRITING
                 run.append(handle)
@@ -533,10 +516,13 @@ class BufCache:
 
     async def _write_run(self, run: Sequence[int], end: int) -> None:
         start = self._bounce_pfn * PAGE_SIZE
-        offset = int(self.table["daddr"][run[0]]) << L.BB_LOG
+        whole = int(self.table["daddr"][run[0]]), (end - start) >> L.BB_LOG
         done = self._writing = trio.Event()
         try:
-            await self._device.write(offset, [self.mem[start:end].data])
+            for daddr, bbs in self._runs.get(run[0]) or (whole,):
+                view = self.mem[start : start + (bbs << L.BB_LOG)].data
+                await self._device.write(daddr << L.BB_LOG, [view])
+                start += bbs << L.BB_LOG
         except BaseException:
             for handle in run:
                 if not self.flags[handle] & F_STALE:

@@ -27,6 +27,14 @@ from alloc import gfp
 from alloc.arena import Arena
 from alloc.jit import kernel
 from fs.cache.mapping import MAPPING
+from fs.cache.thread import (
+    bucket_of,
+    chain_find,
+    chain_insert,
+    chain_remove,
+    list_append,
+    list_remove,
+)
 from fs.xfs import layout as L
 
 INODE = np.dtype(
@@ -90,8 +98,8 @@ STUB = np.dtype(
 )
 assert STUB.itemsize == 32
 
-H_LRU_FIRST, H_LRU_LAST, H_LRU, H_DIRTY_FIRST, H_DIRTY_LAST, H_DIRTY, H_COUNT, H_MASK = range(8)
-H_WORDS = 8
+H_LRU, H_DIRTY = 0, 2  # two words each: first and last
+H_COUNT, H_IDLE, H_DIRTY_COUNT, H_WORDS = 4, 5, 6, 7
 
 
 def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
@@ -103,30 +111,18 @@ _BUCKETS = np.zeros(1, np.uint32)
 
 @kernel(_table_args(_BUCKETS, 1))
 def _find(t, head, buckets, ino):
-    h = np.int64(buckets[((ino * 0x9E3779B1) >> 8) & head[H_MASK]])
-    while h != 0 and np.int64(t[h].ino) != ino:
-        h = np.int64(t[h].hash_next)
-    return h
+    return chain_find(t["ino"], t["hash_next"], buckets, ino)
 
 
 @kernel(_table_args(_BUCKETS, 1))
 def _insert(t, head, buckets, h):
-    slot = ((np.int64(t[h].ino) * 0x9E3779B1) >> 8) & head[H_MASK]
-    t[h].hash_next = buckets[slot]
-    buckets[slot] = h
+    chain_insert(t["hash_next"], buckets, bucket_of(buckets, np.int64(t["ino"][h])), h)
     head[H_COUNT] += 1
 
 
 @kernel(_table_args(_BUCKETS, 1))
 def _remove(t, head, buckets, h):
-    slot = ((np.int64(t[h].ino) * 0x9E3779B1) >> 8) & head[H_MASK]
-    at = np.int64(buckets[slot])
-    if at == h:
-        buckets[slot] = t[h].hash_next
-    else:
-        while np.int64(t[at].hash_next) != h:
-            at = np.int64(t[at].hash_next)
-        t[at].hash_next = t[h].hash_next
+    chain_remove(t["hash_next"], buckets, bucket_of(buckets, np.int64(t["ino"][h])), h)
     head[H_COUNT] -= 1
 
 
@@ -139,55 +135,38 @@ def _collect(t, head, buckets, out):
         while h != 0 and n < out.size:
             out[n] = h
             n += 1
-            h = np.int64(t[h].hash_next)
+            h = np.int64(t["hash_next"][h])
     return n
 
 
 @kernel(_table_args(1))
 def _lru_add(t, head, h):
-    if t[h].state & S_LRU:
-        return
-    t[h].state |= S_LRU
-    last = head[H_LRU_LAST]
-    t[h].lru_prev, t[h].lru_next = last, 0
-    if last:
-        t[last].lru_next = h
-    else:
-        head[H_LRU_FIRST] = h
-    head[H_LRU_LAST] = h
-    head[H_LRU] += 1
+    if not t["state"][h] & S_LRU:
+        t["state"][h] |= S_LRU
+        list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
+        head[H_IDLE] += 1
 
 
 @kernel(_table_args(1))
 def _lru_remove(t, head, h):
-    if not t[h].state & S_LRU:
-        return
-    t[h].state &= ~np.uint32(S_LRU)
-    head[H_LRU] -= 1
-    before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
-    if before:
-        t[before].lru_next = after
-    else:
-        head[H_LRU_FIRST] = after
-    if after:
-        t[after].lru_prev = before
-    else:
-        head[H_LRU_LAST] = before
+    if t["state"][h] & S_LRU:
+        t["state"][h] &= ~np.uint32(S_LRU)
+        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
+        head[H_IDLE] -= 1
 
 
 @kernel(_table_args(np.zeros(1, np.int64), 1))
 def _reclaim(t, head, out, scan):
     """Take up to out.size idle inodes off the cold end; returns how many. Second chance."""
-    n = 0
-    for _ in range(min(scan, head[H_LRU])):
-        h = head[H_LRU_FIRST]
+    n, mapping = 0, t["mapping"]
+    for _ in range(min(scan, head[H_IDLE])):
+        h = head[H_LRU]
         if n == out.size:
             break
         _lru_remove(t, head, h)
-        mapping = t[h].mapping
-        busy = t[h].state & (S_DIRTY | S_REFERENCED) or t[h].nlink == 0
-        if busy or mapping.flags or mapping.ndirty or mapping.nrwriteback:
-            t[h].state &= ~np.uint32(S_REFERENCED)
+        busy = t["state"][h] & (S_DIRTY | S_REFERENCED) or t["nlink"][h] == 0
+        if busy or mapping["flags"][h] or mapping["ndirty"][h] or mapping["nrwriteback"][h]:
+            t["state"][h] &= ~np.uint32(S_REFERENCED)
             _lru_add(t, head, h)
             continue
         out[n] = h
@@ -195,63 +174,41 @@ def _reclaim(t, head, out, scan):
     return n
 
 
-@kernel(lambda: (np.zeros(1, STUB), _BUCKETS, 1, 1))
-def _stub_insert(stubs, buckets, ino, stub):
-    slot = ((ino * 0x9E3779B1) >> 8) & (buckets.size - 1)
-    stubs[stub].hash_next = buckets[slot]
-    buckets[slot] = stub
+@kernel(_table_args(1))
+def _mark_dirty(t, head, h):
+    if not t["state"][h] & S_DIRTY:
+        t["state"][h] |= S_DIRTY
+        list_append(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
+        head[H_DIRTY_COUNT] += 1
+
+
+@kernel(_table_args(1))
+def _mark_clean(t, head, h):
+    if t["state"][h] & S_DIRTY:
+        t["state"][h] &= ~np.uint32(S_DIRTY)
+        list_remove(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
+        head[H_DIRTY_COUNT] -= 1
+
+
+@kernel(lambda: (np.zeros(1, STUB), _BUCKETS, 1, 1, 1))
+def _stub_insert(stubs, buckets, stub, ino, count):
+    stubs["ino"][stub] = ino
+    stubs["nlookup"][stub] = count
+    chain_insert(stubs["hash_next"], buckets, bucket_of(buckets, ino), stub)
 
 
 @kernel(lambda: (np.zeros(1, STUB), _BUCKETS, 1, 1))
 def _stub_forget(stubs, buckets, ino, count):
     """Take `count` lookups off a stub; its handle, unlinked, when none are left; else 0."""
-    slot = ((ino * 0x9E3779B1) >> 8) & (buckets.size - 1)
-    before, at = 0, np.int64(buckets[slot])
-    while at != 0 and np.int64(stubs[at].ino) != ino:
-        before, at = at, np.int64(stubs[at].hash_next)
-    if at == 0:
+    stub = chain_find(stubs["ino"], stubs["hash_next"], buckets, ino)
+    if stub == 0:
         return 0
-    left = np.int64(stubs[at].nlookup) - count
+    left = np.int64(stubs["nlookup"][stub]) - count
     if left > 0:
-        stubs[at].nlookup = left
+        stubs["nlookup"][stub] = left
         return 0
-    if before:
-        stubs[before].hash_next = stubs[at].hash_next
-    else:
-        buckets[slot] = stubs[at].hash_next
-    return at
-
-
-@kernel(_table_args(1))
-def _mark_dirty(t, head, h):
-    if t[h].state & S_DIRTY:
-        return
-    t[h].state |= S_DIRTY
-    last = head[H_DIRTY_LAST]
-    t[h].dirty_prev, t[h].dirty_next = last, 0
-    if last:
-        t[last].dirty_next = h
-    else:
-        head[H_DIRTY_FIRST] = h
-    head[H_DIRTY_LAST] = h
-    head[H_DIRTY] += 1
-
-
-@kernel(_table_args(1))
-def _mark_clean(t, head, h):
-    if not t[h].state & S_DIRTY:
-        return
-    t[h].state &= ~np.uint32(S_DIRTY)
-    before, after = np.int64(t[h].dirty_prev), np.int64(t[h].dirty_next)
-    if before:
-        t[before].dirty_next = after
-    else:
-        head[H_DIRTY_FIRST] = after
-    if after:
-        t[after].dirty_prev = before
-    else:
-        head[H_DIRTY_LAST] = before
-    head[H_DIRTY] -= 1
+    chain_remove(stubs["hash_next"], buckets, bucket_of(buckets, ino), stub)
+    return stub
 
 
 def _field(name: str) -> Any:
@@ -363,7 +320,6 @@ class InodeCache:
         """Take the memory of the hash buckets."""
         self._buckets = await self._new_buckets()
         self._stub_buckets = await self._new_buckets()
-        self._head[H_MASK] = self._buckets.size - 1
         self._arena.register_shrinker(self)
 
     async def _new_buckets(self) -> np.ndarray[Any, np.dtype[np.uint32]]:
@@ -533,9 +489,7 @@ class InodeCache:
         if stub is None:
             return False
         ino = int(self.fields["ino"][handle])
-        record = self._stubs.table[stub]
-        record["ino"], record["nlookup"] = ino, count
-        _stub_insert(self._stubs.table, self._stub_buckets, ino, stub)
+        _stub_insert(self._stubs.table, self._stub_buckets, stub, ino, count)
         return True
 
     def handles(self) -> list[int]:
@@ -555,12 +509,12 @@ class InodeCache:
 
     def first_dirty(self) -> Inode | None:
         """The inode that has been dirty longest."""
-        handle = int(self._head[H_DIRTY_FIRST])
+        handle = int(self._head[H_DIRTY])
         return Inode(self, handle) if handle else None
 
     @property
     def dirty_count(self) -> int:
-        return int(self._head[H_DIRTY])
+        return int(self._head[H_DIRTY_COUNT])
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -584,7 +538,7 @@ class InodeCache:
         self._slab.free(handle)
 
     def count_objects(self) -> int:
-        return int(self._head[H_LRU])
+        return int(self._head[H_IDLE])
 
     def scan_objects(self, nr: int, gfp_flags: int) -> int:
         """Free idle clean inodes from the cold end, looking at up to `nr`; never waits."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from alloc import gfp
-from fs.cache.buf import Buf, BufOps
+from fs.cache.buf import Buf, BufOps, Runs
 from fs.cache.inode import Inode
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Transaction:
         self._locked: list[int] = []
         self._space_locked = False
         self._on_commit: list[Callable[[], None]] = []
-        self.places: dict[tuple[int, int], int] = {}  # daddr by (inode, file block) of a directory
+        self.places: dict[tuple[int, int], Runs] = {}  # of directory blocks, by inode and block
         self._shield = trio.CancelScope(shield=True)
         self._scope = gfp.nofs()
 
@@ -131,18 +131,20 @@ class Transaction:
 
     # -- buffers --------------------------------------------------------------------------------
 
-    async def read(self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None) -> Buf:
+    async def read(
+        self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None, runs: Runs = ()
+    ) -> Buf:
         """A verified buffer, held until the end. Raises Corrupt, OSError(EIO)."""
         held = self._held.get(daddr)
         if held is not None and held.ops is ops:
             return held
-        buf = await self.vol.bufs.read(daddr, bbs, ops, owner)
+        buf = await self.vol.bufs.read(daddr, bbs, ops, owner, runs)
         return self._keep(buf)
 
-    async def get(self, daddr: int, bbs: int, ops: BufOps) -> Buf:
+    async def get(self, daddr: int, bbs: int, ops: BufOps, runs: Runs = ()) -> Buf:
         """The buffer of a newly allocated block, zeroed; it must be logged."""
         assert self._write
-        return self._keep(await self.vol.bufs.get(daddr, bbs, ops))
+        return self._keep(await self.vol.bufs.get(daddr, bbs, ops, runs))
 
     def _keep(self, buf: Buf) -> Buf:
         held = self._held.get(buf.daddr)

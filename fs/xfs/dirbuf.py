@@ -16,11 +16,12 @@ XFS format: directories, address space of the data fork.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fs.cache.buf import Buf, BufOps
+from fs.cache.buf import Buf, BufOps, Runs
 from fs.xfs import bmap, danode
 from fs.xfs import dirblock as B
 from fs.xfs import dirdata as D
@@ -96,28 +97,41 @@ def fault(tp: Transaction, dp: Inode, reason: str) -> Corrupt:
 async def read(tp: Transaction, dp: Inode, block: int, ops: BufOps) -> Buf | None:
     """The verified directory block at a file block, None in a hole."""
     key = dp.handle, block
-    daddr = tp.places.get(key)
-    if daddr is None:
-        daddr = await _place(tp, dp, block)
-        if daddr is None:
+    runs = tp.places.get(key)
+    if runs is None:
+        runs = await _place(tp, dp, block)
+        if not runs:
             return None
-        tp.places[key] = daddr
-    return await tp.read(daddr, tp.vol.geo.dir_block_size >> L.BB_LOG, ops, dp.ino)
+        tp.places[key] = runs
+    bbs = tp.vol.geo.dir_block_size >> L.BB_LOG
+    return await tp.read(runs[0][0], bbs, ops, dp.ino, runs if len(runs) > 1 else ())
 
 
-async def _place(tp: Transaction, dp: Inode, block: int) -> int | None:
-    """daddr of the directory block at a file block, None in a hole."""
+async def _place(tp: Transaction, dp: Inode, block: int) -> Runs:
+    """Where the directory block at a file block is; nothing in a hole."""
     geo = tp.vol.geo
     found = await bmap.lookup(tp, dp, block)
     if found is None or found.offset > block:
-        return None
-    fsbno = found.fsbno + block - found.offset
-    if found.unwritten or found.end - block < geo.dir_block_blocks:
-        # The record may end inside the block if another goes on right there on the disk.
-        for piece in await bmap.read(tp, dp, block, geo.dir_block_blocks):
-            if piece.fsbno - fsbno != piece.offset - block or piece.unwritten:
-                raise fault(tp, dp, f"file block {block} is only mapped in part")
-    return geo.fsb_to_daddr(fsbno)
+        return ()
+    if found.end - block >= geo.dir_block_blocks and not found.unwritten:
+        daddr = geo.fsb_to_daddr(found.fsbno + block - found.offset)
+        return ((daddr, geo.dir_block_size >> L.BB_LOG),)
+    return _runs(tp, dp, await bmap.read(tp, dp, block, geo.dir_block_blocks))
+
+
+def _runs(tp: Transaction, dp: Inode, pieces: list[bmap.Mapping]) -> Runs:
+    """The parts of a block that several extent records map; neighbours on the disk are one."""
+    geo = tp.vol.geo
+    runs: list[tuple[int, int]] = []
+    for piece in pieces:
+        if piece.fsbno == bmap.HOLE or piece.unwritten:
+            raise fault(tp, dp, f"file block {pieces[0].offset} is only mapped in part")
+        daddr, bbs = geo.fsb_to_daddr(piece.fsbno), piece.count * geo.block_bbs
+        if runs and sum(runs[-1]) == daddr:
+            runs[-1] = runs[-1][0], runs[-1][1] + bbs
+        else:
+            runs.append((daddr, bbs))
+    return tuple(runs)
 
 
 async def read_data(tp: Transaction, dp: Inode, db: int) -> Buf:
@@ -166,12 +180,24 @@ def free_capacity(geo: Geometry) -> int:
 
 
 async def _new(tp: Transaction, dp: Inode, block: int, ops: BufOps) -> Buf:
-    """A zeroed buffer for a newly mapped directory block, not logged yet."""
+    """A zeroed buffer for a newly mapped directory block, not logged yet.
+
+    It is in one piece if the free space has such a piece.
+    """
     geo = tp.vol.geo
-    got = await bmap.alloc(tp, dp, block, geo.dir_block_blocks, contiguous=True)
+    count, pieces = geo.dir_block_blocks, list[bmap.Mapping]()
+    try:
+        pieces.append(await bmap.alloc(tp, dp, block, count, contiguous=True))
+    except OSError as error:
+        if error.errno != errno.ENOSPC or count == 1:
+            raise
+        while count:
+            pieces.append(await bmap.alloc(tp, dp, block + geo.dir_block_blocks - count, count))
+            count -= pieces[-1].count
     tp.log_inode(dp)
-    daddr = tp.places[dp.handle, block] = geo.fsb_to_daddr(got.fsbno)
-    return await tp.get(daddr, geo.dir_block_size >> L.BB_LOG, ops)
+    runs = tp.places[dp.handle, block] = _runs(tp, dp, pieces)
+    bbs = geo.dir_block_size >> L.BB_LOG
+    return await tp.get(runs[0][0], bbs, ops, runs if len(runs) > 1 else ())
 
 
 def _init_header(tp: Transaction, dp: Inode, buf: Buf, magic: int) -> None:
@@ -222,7 +248,7 @@ async def can_free(tp: Transaction, dp: Inode, block: int) -> bool:
     found = await bmap.lookup(tp, dp, block)
     if found is None or found.offset > block:
         raise fault(tp, dp, f"file block {block} is freed but not mapped")
-    edge = found.offset == block or found.end == block + geo.dir_block_blocks
+    edge = found.offset == block or found.end <= block + geo.dir_block_blocks
     return edge or tp.blocks >= split_blocks(geo)
 
 
@@ -235,7 +261,8 @@ async def free(tp: Transaction, dp: Inode, block: int, buf: Buf) -> None:
     """Forget the buffer of a directory block and free its blocks."""
     tp.invalidate(buf)
     tp.places.pop((dp.handle, block), None)
-    await bmap.unmap(tp, dp, block, tp.vol.geo.dir_block_blocks)
+    while not await bmap.unmap(tp, dp, block, tp.vol.geo.dir_block_blocks):
+        pass
     tp.log_inode(dp)
 
 

@@ -1,0 +1,76 @@
+"""Hash chains and lists that thread through slab records: helpers for the caches' kernels.
+
+A record names others by index, 0 meaning none. The helpers take the link *fields* of a record
+table (`t["lru_next"]`), so one piece of code serves every kind of record. A list's ends are two
+consecutive words of its cache's head array: first, last. Buckets are a power of two.
+
+Locking: the caller's; all users run on the trio thread, between awaits.
+"""
+
+import numpy as np
+
+from alloc.jit import helper
+
+SPREAD = 0x9E3779B1  # 2^32 divided by the golden ratio
+
+
+@helper
+def bucket_of(buckets, key):
+    """The bucket of an integer key, whose upper half counts too."""
+    folded = (key ^ (key >> 31)) & 0x7FFFFFFF
+    return ((folded * SPREAD) >> 15) & (buckets.size - 1)
+
+
+@helper
+def chain_find(keys, nexts, buckets, key):
+    """The record with this key, or 0."""
+    h = np.int64(buckets[bucket_of(buckets, key)])
+    while h != 0 and np.int64(keys[h]) != key:
+        h = np.int64(nexts[h])
+    return h
+
+
+@helper
+def chain_insert(nexts, buckets, slot, h):
+    """Put record h into a bucket."""
+    nexts[h] = buckets[slot]
+    buckets[slot] = h
+
+
+@helper
+def chain_remove(nexts, buckets, slot, h):
+    """Take record h, which is there, out of its bucket."""
+    at = np.int64(buckets[slot])
+    if at == h:
+        buckets[slot] = nexts[h]
+        return
+    while np.int64(nexts[at]) != h:
+        at = np.int64(nexts[at])
+    nexts[at] = nexts[h]
+
+
+@helper
+def list_append(prevs, nexts, head, ends, h):
+    """Put record h at the end of the list whose first and last are head[ends], head[ends + 1]."""
+    last = head[ends + 1]
+    prevs[h] = last
+    nexts[h] = 0
+    if last:
+        nexts[last] = h
+    else:
+        head[ends] = h
+    head[ends + 1] = h
+
+
+@helper
+def list_remove(prevs, nexts, head, ends, h):
+    """Take record h, which is on it, off the list."""
+    before, after = np.int64(prevs[h]), np.int64(nexts[h])
+    if before:
+        nexts[before] = after
+    else:
+        head[ends] = after
+    if after:
+        prevs[after] = before
+    else:
+        head[ends + 1] = before
