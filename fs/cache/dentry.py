@@ -25,6 +25,7 @@ import trio
 from alloc import gfp
 from alloc.arena import Arena
 from alloc.jit import helper, kernel
+from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove
 from fs.xfs.danode import hash_bytes
 from fs.xfs.dirdata import same_name
 
@@ -56,7 +57,8 @@ NAME_MAX = 88
 F_REFERENCED = 1
 
 # Words of the head array.
-H_LRU_FIRST, H_LRU_LAST, H_COUNT, H_MASK, H_HITS, H_MISSES, H_WORDS = range(7)
+H_LRU = 0  # two words: first and last
+H_COUNT, H_HITS, H_MISSES, H_WORDS = 2, 3, 4, 5
 RECLAIM_BATCH = 128
 PAGES_PER_BUCKET_PAGE = 2048  # of the arena: a bucket of 4 bytes for every 8 KiB
 
@@ -76,9 +78,9 @@ def _hash(parent, gen, name):
 
 @helper
 def _same(mem, t, h, parent, gen, name):
-    if np.int64(t[h].parent) != parent or np.int64(t[h].gen) != gen:
+    if np.int64(t["parent"][h]) != parent or np.int64(t["gen"][h]) != gen:
         return False
-    if np.int64(t[h].namelen) != len(name):
+    if np.int64(t["namelen"][h]) != len(name):
         return False
     return same_name(mem, h * SIZE + NAME_AT, name)
 
@@ -86,49 +88,17 @@ def _same(mem, t, h, parent, gen, name):
 @helper
 def _find(mem, t, head, buckets, parent, gen, name):
     key = _hash(parent, gen, name)
-    h = np.int64(buckets[key & head[H_MASK]])
+    h = np.int64(buckets[bucket_of(buckets, key)])
     while h != 0:
-        if np.int64(t[h].hash) == key and _same(mem, t, h, parent, gen, name):
+        if np.int64(t["hash"][h]) == key and _same(mem, t, h, parent, gen, name):
             return h
-        h = np.int64(t[h].hash_next)
+        h = np.int64(t["hash_next"][h])
     return h
 
 
 @helper
-def _lru_unlink(t, head, h):
-    before, after = np.int64(t[h].lru_prev), np.int64(t[h].lru_next)
-    if before:
-        t[before].lru_next = after
-    else:
-        head[H_LRU_FIRST] = after
-    if after:
-        t[after].lru_prev = before
-    else:
-        head[H_LRU_LAST] = before
-
-
-@helper
-def _lru_append(t, head, h):
-    last = head[H_LRU_LAST]
-    t[h].lru_prev = last
-    t[h].lru_next = 0
-    if last:
-        t[last].lru_next = h
-    else:
-        head[H_LRU_FIRST] = h
-    head[H_LRU_LAST] = h
-
-
-@helper
-def _unhash(t, head, buckets, h):
-    slot = np.int64(t[h].hash) & head[H_MASK]
-    at = np.int64(buckets[slot])
-    if at == h:
-        buckets[slot] = t[h].hash_next
-        return
-    while np.int64(t[at].hash_next) != h:
-        at = np.int64(t[at].hash_next)
-    t[at].hash_next = t[h].hash_next
+def _unhash(t, buckets, h):
+    chain_remove(t["hash_next"], buckets, bucket_of(buckets, np.int64(t["hash"][h])), h)
 
 
 @kernel(_table_args(1, 1, b""))
@@ -139,8 +109,8 @@ def _lookup(mem, t, head, buckets, parent, gen, name):
         head[H_MISSES] += 1
         return np.int64(0), np.int64(0), np.int64(0)
     head[H_HITS] += 1
-    t[h].flags |= np.uint16(F_REFERENCED)
-    return np.int64(1), np.int64(t[h].ino), np.int64(t[h].ftype)
+    t["flags"][h] |= np.uint16(F_REFERENCED)
+    return np.int64(1), np.int64(t["ino"][h]), np.int64(t["ftype"][h])
 
 
 @kernel(_table_args(1, 1, b"", 1, 1))
@@ -149,29 +119,27 @@ def _update(mem, t, head, buckets, parent, gen, name, ino, ftype):
     h = _find(mem, t, head, buckets, parent, gen, name)
     if h == 0:
         return False
-    t[h].ino = ino
-    t[h].ftype = ftype
+    t["ino"][h] = ino
+    t["ftype"][h] = ftype
     return True
 
 
 @kernel(_table_args(1, 1, 1, b"", 1, 1))
 def _insert(mem, t, head, buckets, h, parent, gen, name, ino, ftype):
     """Fill the fresh record h and enter it."""
-    t[h].parent = parent
-    t[h].gen = gen
-    t[h].ino = ino
-    t[h].ftype = ftype
-    t[h].flags = 0
-    t[h].namelen = len(name)
+    t["parent"][h] = parent
+    t["gen"][h] = gen
+    t["ino"][h] = ino
+    t["ftype"][h] = ftype
+    t["flags"][h] = 0
+    t["namelen"][h] = len(name)
     at = h * SIZE + NAME_AT
     for i in range(len(name)):
         mem[at + i] = name[i]
     key = _hash(parent, gen, name)
-    t[h].hash = key
-    slot = key & head[H_MASK]
-    t[h].hash_next = buckets[slot]
-    buckets[slot] = h
-    _lru_append(t, head, h)
+    t["hash"][h] = key
+    chain_insert(t["hash_next"], buckets, bucket_of(buckets, key), h)
+    list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
     head[H_COUNT] += 1
 
 
@@ -180,8 +148,8 @@ def _remove(mem, t, head, buckets, parent, gen, name):
     """Take the entry of a name out; its record, or 0."""
     h = _find(mem, t, head, buckets, parent, gen, name)
     if h != 0:
-        _unhash(t, head, buckets, h)
-        _lru_unlink(t, head, h)
+        _unhash(t, buckets, h)
+        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
         head[H_COUNT] -= 1
     return h
 
@@ -191,15 +159,15 @@ def _reclaim(mem, t, head, buckets, out, scan):
     """Take up to out.size entries off the cold end; returns how many. Second chance."""
     n = 0
     for _ in range(scan):
-        h = head[H_LRU_FIRST]
+        h = head[H_LRU]
         if h == 0 or n == out.size:
             break
-        _lru_unlink(t, head, h)
-        if t[h].flags & F_REFERENCED:
-            t[h].flags &= ~np.uint16(F_REFERENCED)
-            _lru_append(t, head, h)
+        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
+        if t["flags"][h] & F_REFERENCED:
+            t["flags"][h] &= ~np.uint16(F_REFERENCED)
+            list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
             continue
-        _unhash(t, head, buckets, h)
+        _unhash(t, buckets, h)
         head[H_COUNT] -= 1
         out[n] = h
         n += 1
@@ -226,7 +194,6 @@ class DentryCache:
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
         raw = self._arena.mem[pfn * PAGE_SIZE : pfn * PAGE_SIZE + (PAGE_SIZE << order)]
         buckets = raw.view(np.uint32)
-        self._head[H_MASK] = buckets.size - 1
         self._state = (self._arena.mem, self._slab.table, self._head, buckets)
         self._arena.register_shrinker(self)
 
