@@ -105,9 +105,7 @@ async def mkdir(vol: Volume, dp: Inode, name: bytes, mode: int, uid: int, gid: i
     return await _make(vol, dp, name, stat.S_IFDIR | mode & PERMISSIONS, uid, gid)
 
 
-async def symlink(
-    vol: Volume, dp: Inode, name: bytes, target: bytes, uid: int, gid: int
-) -> Inode:
+async def symlink(vol: Volume, dp: Inode, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
     """Make a symbolic link of 1 to 1023 bytes."""
     if not target:
         raise OSError(errno.ENOENT, "empty link target")
@@ -153,9 +151,7 @@ async def _make(
         return ip
 
 
-def _fill(
-    tp: Transaction, dp: Inode, ip: Inode, mode: int, uid: int, gid: int, rdev: int
-) -> None:
+def _fill(tp: Transaction, dp: Inode, ip: Inode, mode: int, uid: int, gid: int, rdev: int) -> None:
     """The core of a new inode, as far as it is not zero; some of it comes from the directory."""
     is_dir = stat.S_ISDIR(mode)
     if dp.mode & stat.S_ISGID:
@@ -201,8 +197,6 @@ async def link(vol: Volume, dp: Inode, name: bytes, ip: Inode) -> None:
     """Give an existing inode another name. Raises OSError(EPERM) for directories."""
     links.check_new_name(name)
     links.check_directory(dp)
-    if stat.S_ISDIR(ip.mode):
-        raise PermissionError(errno.EPERM, "directories have one name")
     async with (
         vol.iolock(dp),
         vol.transaction("link", directory.enter_blocks(vol.geo)) as tp,
@@ -212,8 +206,8 @@ async def link(vol: Volume, dp: Inode, name: bytes, ip: Inode) -> None:
         await links.expect_absent(tp, dp, name)
         if not ip.nlink:
             raise FileNotFoundError(errno.ENOENT, f"inode {ip.ino} was removed")
-        if ip.flags & links.FIXED:
-            raise PermissionError(errno.EPERM, "immutable or append-only")
+        if stat.S_ISDIR(ip.mode) or ip.flags & links.FIXED:
+            raise PermissionError(errno.EPERM, "a directory, or immutable or append-only")
         if dp.flags & L.DIFLAG_PROJINHERIT and dp.projid != ip.projid:
             raise OSError(errno.EXDEV, "the directory hands on another project")
         links.check_link_count(ip)

@@ -68,9 +68,10 @@ async def rename(
         if target is not None:
             stack.callback(vol.inodes.put, target)
         move = Move(odp, oname, ndp, nname, flags, source, target)
-        _check_kinds(move)
+        _check_presence(move)
+        await _check_ancestry(vol, move)
         if source != target:
-            await _check_ancestry(vol, move)
+            _check_kinds(move)
             await _commit(vol, move)
 
 
@@ -86,16 +87,18 @@ def _check_arguments(odp: Inode, oname: bytes, ndp: Inode, nname: bytes, flags: 
         raise OSError(code, "'.' and '..' cannot be renamed")
 
 
+def _check_presence(move: Move) -> None:
+    """The flags may want a target, or none."""
+    if move.exchange and move.target is None:
+        raise FileNotFoundError(errno.ENOENT, f"no such entry: {move.nname!r}")
+    if move.flags & NOREPLACE and move.target is not None:
+        raise FileExistsError(errno.EEXIST, f"{move.nname!r} exists")
+
+
 def _check_kinds(move: Move) -> None:
     """Source and target must be of kinds that go together."""
     target = move.target
-    if target is None:
-        if move.exchange:
-            raise FileNotFoundError(errno.ENOENT, f"no such entry: {move.nname!r}")
-        return
-    if move.flags & NOREPLACE:
-        raise FileExistsError(errno.EEXIST, f"{move.nname!r} exists")
-    if move.exchange or target == move.source:
+    if target is None or move.exchange:
         return
     if stat.S_ISDIR(move.source.mode) and not stat.S_ISDIR(target.mode):
         raise NotADirectoryError(errno.ENOTDIR, f"{move.nname!r} is no directory")

@@ -300,6 +300,9 @@ async def read(tp: Transaction, dp: Inode, cookie: int, limit: int) -> list[Entr
     """
     short = _is_short(tp, dp)
     rows = _list_short(tp, dp, cookie) if short else await _list_blocks(tp, dp, cookie, limit + 1)
+    for _, name, _, _ in rows:
+        if b"/" in name or b"\0" in name:
+            raise dirbuf.fault(tp, dp, f"not a name: {name!r}")
     places = [place for place, _, _, _ in rows]
     places.append(_end(tp.vol.geo, rows, short))
     entries = [

@@ -409,7 +409,13 @@ def remove(mem, addr, size, offset):
     drop(mem, addr, area_end(mem, addr, size), offset, length)
 
 
-@kernel("b1(u1[::1], i8, i8)")
-def is_empty(mem, addr, size):
-    """Is a leafless data block without any entry?"""
-    return best_length(mem, addr, 0) == size - HEADER
+@kernel("b1(u1[::1], i8, i8, i8)")
+def is_alone(mem, addr, size, offset):
+    """Is the entry at a checked offset the only one of a leafless data block?
+
+    Then there are at most two unused regions, so that bestfree knows them all.
+    """
+    unused = np.int64(0)
+    for i in range(BESTS):
+        unused += best_length(mem, addr, i)
+    return unused + entry_size(mem[addr + offset + 8]) == size - HEADER

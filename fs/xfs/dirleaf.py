@@ -221,15 +221,6 @@ def find_next(mem, addr, index):
     return i, (addr_of(mem, base, i) if i >= 0 else np.int64(0))
 
 
-@kernel("i8(u1[::1], i8, i8)")
-def find_place(mem, addr, place):
-    """Index of the live slot that points at `place`, or -1. O(count)."""
-    for i in range(count_of(mem, addr)):
-        if addr_of(mem, addr + HEADER, i) == place:
-            return i
-    return -1
-
-
 @kernel("i8(u1[::1], i8)")
 def last_hash(mem, addr):
     """Largest hash, stale slots included; -1 for a leaf without slots."""

@@ -219,11 +219,11 @@ class TreeDir:
         """Remove an entry and shrink; the data block when the directory now is block form."""
         data, leaf = found.data, found.leaf
         free = await self._free_of(found.db)
-        removable = found.db > 0 and await self._can_free_data(found.db)
+        alone = D.is_alone(data.mem, data.addr, data.size, found.offset)
+        gone = bool(alone) and found.db > 0 and await self._can_free_data(found.db)
         D.remove(data.mem, data.addr, data.size, found.offset)
         F.make_stale(leaf.mem, leaf.addr, found.slot)
         self.tp.log(leaf)
-        gone = removable and bool(D.is_empty(data.mem, data.addr, data.size))
         best = F.NULL_BEST if gone else int(D.longest(data.mem, data.addr))
         if gone:
             await dirbuf.free_data(self.tp, self.dp, found.db, data)

@@ -1,4 +1,4 @@
-"""Volumes and kernel mounts for the directory tests, and the kernel's own listing of a directory."""
+"""Volumes and kernel mounts for the directory tests, and how the kernel lists a directory."""
 
 from __future__ import annotations
 

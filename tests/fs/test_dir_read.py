@@ -58,7 +58,7 @@ def as_dirent(entry: directory.Entry) -> Dirent:
 
 
 @images
-async def test_every_form_reads_as_the_kernel_reads_it(scratch: Path, args: tuple[str, ...]) -> None:
+async def test_every_form_reads_as_the_kernel_does(scratch: Path, args: tuple[str, ...]) -> None:
     image = support.mkfs(scratch, *args)
     block_bytes = {"size=8k": 8192, "size=64k": 65536}.get(args[1] if args else "", 4096)
     with support.kernel_mount(image, scratch / "mnt") as mount:

@@ -89,6 +89,7 @@ def test_data_block_follows_its_model(steps: list[tuple[bool, bytes]], size: int
     for i, (removing, name) in enumerate(steps):
         if removing and places:
             gone = sorted(places)[i % len(places)]
+            assert bool(D.is_alone(*block.args, places[gone])) == (len(places) == 1)
             D.remove(*block.args, places.pop(gone))
             del model[gone]
         elif name not in model:
@@ -102,7 +103,6 @@ def test_data_block_follows_its_model(steps: list[tuple[bool, bytes]], size: int
             else:
                 assert not fits
         assert check_data(block) == model
-    assert bool(D.is_empty(*block.args)) == (not model)
     out = np.zeros((256, 4), np.int64)
     n = D.list_entries(*block.args, 0, out)
     assert sorted(out[:n, 0].tolist()) == sorted(places.values())
