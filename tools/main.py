@@ -1,0 +1,134 @@
+"""The program `nofailfs`: the mount's commands and those of the tools, in one.
+
+`fs.cli` owns the commands of the mount; the rooms may not look upwards, so the tools' commands
+join here. Every command imports what it needs when it runs: `nofailfs info` must answer at once
+and needs no compiler. `fs.cli.main` runs whatever has joined, and turns a UserError into its
+message and its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fs.cli import app, main
+from fs.errors import UserError
+
+__all__ = ["app", "main"]
+
+EXIT_DIFFERENCE = 10  # a comparison with a model or a mirror was not equal
+
+Memory = Annotated[str, typer.Option(help="Size of the arena.")]
+Cache = Annotated[str, typer.Option(help="Kernel caching: none, writethrough or writeback.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Directory = Annotated[
+    Path | None, typer.Argument(help="A directory on a mounted nofailfs; default: a scratch mount.")
+]
+
+
+@app.command()
+def fsx(
+    path: Annotated[Path, typer.Argument(help="The file to make, or a directory to make it in.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same operations.")] = 1,
+    ops: Annotated[int, typer.Option(help="How many operations.")] = 10_000,
+    length: Annotated[str, typer.Option(help="Largest size of the file.")] = "4M",
+    io_max: Annotated[str, typer.Option(help="Largest size of one operation.")] = "64k",
+    whole_every: Annotated[int, typer.Option(help="Steps between whole comparisons.")] = 1000,
+    off: Annotated[list[str] | None, typer.Option(help="Operation not to use; repeat.")] = None,
+    drop_caches: Annotated[bool, typer.Option(help="Also drop the kernel's caches.")] = False,
+    replay_to: Annotated[int | None, typer.Option(help="Stop after this step; keep file.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Carry out a saved operation log.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+) -> None:
+    """Exercise one file with random operations and compare it with a model after each."""
+    from tools import fsx as exerciser
+    from tools.targets import size_of
+
+    unknown = set(off or ()) - set(exerciser.WEIGHTS)
+    if unknown:
+        known = " ".join(exerciser.WEIGHTS)
+        raise UserError(f"fsx knows no operation {' '.join(unknown)}; it knows {known}", 2)
+    options = exerciser.Options(
+        seed,
+        ops,
+        size_of(length),
+        size_of(io_max),
+        whole_every,
+        replay_to,
+        frozenset(off or ()),
+        drop_caches,
+        quiet,
+    )
+    file = path / f"fsx-{seed}" if path.is_dir() else path
+    result = (
+        exerciser.replay(file, replay, options) if replay else exerciser.exercise(file, options)
+    )
+    for line in exerciser.report(file, options, result):
+        typer.echo(line)
+    if result.problem:
+        raise typer.Exit(EXIT_DIFFERENCE)
+
+
+@app.command()
+def compare(
+    directory: Directory = None,
+    job: Annotated[list[str] | None, typer.Option(help="A job of tools/fio; repeat.")] = None,
+    runtime: Annotated[int, typer.Option(help="Seconds for each job.")] = 5,
+    size: Annotated[str, typer.Option(help="Size of each job's file.")] = "256M",
+    memory: Memory = "256M",
+    cache: Cache = "none",
+    as_json: Json = False,
+) -> None:
+    """Run the fio job files on our mount, on tmpfs and on the kernel's XFS; print one table."""
+    from tools import compare as comparison
+    from tools.targets import size_of
+
+    plan = comparison.Plan(job or comparison.names(), runtime, size_of(size), memory, cache)
+    rows = comparison.compare(plan, directory)
+    if as_json:
+        typer.echo(json.dumps(comparison.as_json(plan, rows), indent=2))
+    else:
+        comparison.show(rows)
+    if any(row.errors for row in rows):
+        raise typer.Exit(EXIT_DIFFERENCE)
+
+
+@app.command()
+def bench(
+    rounds: Annotated[int, typer.Option(help="Rounds; the report shows medians.")] = 3,
+    files: Annotated[int, typer.Option(help="Files made, looked at and removed.")] = 5000,
+    runtime: Annotated[int, typer.Option(help="Seconds for each fio job.")] = 3,
+    memory: Memory = "256M",
+    cache: Cache = "none",
+    as_json: Json = False,
+) -> None:
+    """Measure mount time, fio rates and metadata rates beside tmpfs and the kernel's XFS."""
+    from tools import bench as benchmark
+
+    table = benchmark.bench(benchmark.Plan(rounds, files, runtime, memory, cache))
+    if as_json:
+        typer.echo(json.dumps(benchmark.as_json(table), indent=2))
+    else:
+        benchmark.show(table)
+
+
+@app.command()
+def demo(
+    size: Annotated[str, typer.Option(help="Size of the scratch image.")] = "1G",
+    memory: Memory = "64M",
+    cache: Cache = "none",
+    runtime: Annotated[int, typer.Option(help="Seconds for each timed fio job.")] = 5,
+) -> None:
+    """Make a scratch image, mount it, verify and compare with fio, unmount, repair."""
+    from tools import demo as show
+
+    if not show.demo(size, memory, cache, runtime):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
