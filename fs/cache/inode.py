@@ -164,7 +164,8 @@ def _reclaim(t, head, out, scan):
         if n == out.size:
             break
         _lru_remove(t, head, h)
-        busy = t["state"][h] & (S_DIRTY | S_REFERENCED) or t["nlink"][h] == 0
+        unlinked = t["nlink"][h] == 0 and t["mode"][h] != 0
+        busy = t["state"][h] & (S_DIRTY | S_REFERENCED) or unlinked
         if busy or mapping["flags"][h] or mapping["ndirty"][h] or mapping["nrwriteback"][h]:
             t["state"][h] &= ~np.uint32(S_REFERENCED)
             _lru_add(t, head, h)

@@ -121,6 +121,7 @@ async def test_last_reference_of_an_unlinked_inode_inactivates_it() -> None:
     assert world.freed == [], "somebody has it open"
     world.cache.put(again)
     assert world.freed == [9]
+    assert world.reclaim() == 1, "what is left of a freed inode is only cache"
 
 
 async def test_a_freed_inode_is_created_again_with_its_newer_generation() -> None:
