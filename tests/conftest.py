@@ -2,8 +2,9 @@
 
 The compiled kernels live in a directory of this session (or NOFAILFS_CACHE_DIR, for a developer
 who runs one test many times): a cache shared with older sources could hide a stale kernel. It
-must be set before anything imports `alloc.jit`. Daemons that tests start inherit it, so each
-kernel is compiled once for all of them.
+must be set before anything imports `alloc.jit`. Daemons and the worker processes of `-n` inherit
+it. Before workers start, one process compiles every kernel: numba cannot have several processes
+write one cache.
 
 The log police: a WARNING or worse from one of our loggers fails the test that caused it, unless
 the test asks for `allow_logs` and names the message it expects.
@@ -16,6 +17,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -29,6 +32,8 @@ if "NOFAILFS_CACHE_DIR" not in os.environ:
 
 from tests import support
 from tools.targets import scratch_dir
+
+ROOT = Path(__file__).resolve().parent.parent
 
 OUR_LOGGERS = ("alloc", "writeback", "fs", "tools", "nofailfs")
 
@@ -85,7 +90,15 @@ def scratch() -> Iterator[Path]:
             support.unmount_below(path)
 
 
+def warm_for_workers(config: pytest.Config) -> None:
+    """Compile all kernels before worker processes start."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        command = [sys.executable, "-m", "fs.warmup"]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    warm_for_workers(config)
     logging.getLogger().addHandler(POLICE)
 
 
