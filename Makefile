@@ -20,7 +20,7 @@ demo: install
 	$(PYTHON) -m tools.main demo
 
 test: install
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 quick: install
 	$(PYTHON) -m pytest -m 'not slow'
