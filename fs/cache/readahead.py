@@ -17,6 +17,7 @@ from alloc import gfp
 from alloc.page import LOCKED
 from fs import mapread
 from fs.cache.blocks import MAPPED, UPTODATE
+from fs.device.base import Views
 from fs.xfs import bmap
 from fs.xfs import layout as L
 
@@ -236,7 +237,8 @@ def _mark_read(vol: Volume, pfn: int, found: list[bmap.Mapping], own: int) -> No
 
 
 async def _transfer(vol: Volume, plan: list[Piece]) -> None:
-    """Read the pieces, those that continue each other on the device in one go."""
+    """Read the pieces with one call to the device, neighbours with one transfer."""
+    requests: list[tuple[int, Views]] = []
     at = 0
     while at < len(plan):
         offset, addr, length = plan[at]
@@ -248,7 +250,8 @@ async def _transfer(vol: Volume, plan: list[Piece]) -> None:
             views.append(vol.pages.view[addr : addr + length])
             end += length
             at += 1
-        await vol.dev.read(offset, views)
+        requests.append((offset, views))
+    await vol.dev.read_all(requests)
 
 
 async def read_blocks(vol: Volume, ip: Inode, pfn: int, first: int, last: int) -> None:

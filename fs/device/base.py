@@ -23,6 +23,9 @@ class Device(Protocol):
     async def read(self, offset: int, views: Views) -> None:
         """Fill the views in order. Raises OSError(EIO) on a short read or a device error."""
 
+    async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
+        """Several reads in one go: (offset, views) of each. Raises as `read` does."""
+
     async def write(self, offset: int, views: Views) -> None:
         """Write the views in order. Raises OSError on a device error."""
 

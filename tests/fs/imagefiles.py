@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -42,6 +42,11 @@ class SlowImage(ImageFile):
     async def read(self, offset: int, views: Views) -> None:
         self.reads.append((offset, sum(len(v) for v in views)))
         await super().read(offset, views)
+
+    async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
+        if len(requests) > 1:  # a single one comes through `read`
+            self.reads.extend((offset, sum(len(v) for v in views)) for offset, views in requests)
+        await super().read_all(requests)
 
     async def write(self, offset: int, views: Views) -> None:
         self.writes.append((offset, sum(len(v) for v in views)))
