@@ -81,10 +81,10 @@ async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     last_page = (ip.size - 1) >> 12
     stop = min(index + count, last_page + 1)
     sequence = int(pages.columns["map_seq"][ip.handle])
-    found = await _lookup(vol, ip, index << 12, stop << 12)
-    hole = _zero_until(vol, ip, pos, found)
+    hole = await _zeros_at(vol, ip, pos, stop << 12)
     if hole > pos:
         return hole
+    found = await _lookup(vol, ip, index << 12, stop << 12)
     locked = await _take_folios(vol, ip, index, stop, order, found)
     if locked:
         await _read_folios(vol, ip, locked, found, sequence)
@@ -96,6 +96,21 @@ async def _lookup(vol: Volume, ip: Inode, start: int, end: int) -> list[bmap.Map
     log = vol.geo.block_log
     first = start >> log
     return await mapread.read(vol, ip, first, ((end - 1) >> log) + 1 - first)
+
+
+async def _zeros_at(vol: Volume, ip: Inode, pos: int, stop: int) -> int:
+    """How far from `pos`, at most about `stop`, the file reads as zeros for want of a folio.
+
+    One look at the map, because a file of many small holes comes here for each of them.
+    """
+    log = vol.geo.block_log
+    block, last = pos >> log, ((stop - 1) >> log) + 1
+    async with vol.reader(ip) as tp:
+        m = await bmap.lookup(tp, ip, block)
+    if m is None or m.offset > block:
+        end = last if m is None else min(m.offset, last)
+        m = bmap.Mapping(block, bmap.HOLE, end - block, False)
+    return _zero_until(vol, ip, pos, [m])
 
 
 def _is_zero(m: bmap.Mapping) -> bool:
