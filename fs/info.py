@@ -85,8 +85,8 @@ def read_superblock(path: str) -> Any:
     if sb["magic"] != L.MAGIC_SB:
         found = int(sb["magic"])
         raise UserError(
-            f"{path} holds no XFS filesystem (magic number 0x{found:08x}); make one with "
-            f"`mkfs.xfs {path}`",
+            f"{path} holds no XFS filesystem (magic number 0x{found:08x}); "
+            "name an image that mkfs.xfs made",
             EXIT_FAILED,
         )
     if not _checksum_good(sb, data):

@@ -14,7 +14,6 @@ space lock is one for all AGs: more would only overlap metadata reads.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -425,8 +424,3 @@ async def _admit_image(device: Device, read_only: bool) -> Geometry:
             MOUNT_FAILED,
         )
     return geo
-
-
-def block_count(nbytes: int, geo: Geometry) -> int:
-    """Filesystem blocks that hold so many bytes."""
-    return math.ceil(nbytes / geo.block_size)

@@ -138,7 +138,8 @@ def show(rows: list[Row]) -> None:
     for name, note in rows[0].notes.items():
         console.print(f"  {name}: {note}", highlight=False)
     if "kernel XFS" not in columns:
-        console.print("  kernel XFS: left out, a loop mount needs root", highlight=False)
+        why = "not part of this run" if is_root() else "a loop mount needs root"
+        console.print(f"  kernel XFS: left out, {why}", highlight=False)
     for row in rows:
         for name, result in row.results.items():
             if result.errors:
