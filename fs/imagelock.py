@@ -126,7 +126,9 @@ def check_readable(path: str, *, writable: bool) -> None:
 
 def _open_failure(path: str, error: OSError, writable: bool) -> str:
     if error.errno == errno.ENOENT:
-        return f"{path}: there is no such image; make one with: mkfs.xfs {path}"
+        return (
+            f"{path}: there is no such image; make one with: mkfs.xfs -d file,name={path},size=1g"
+        )
     if error.errno == errno.EISDIR:
         return f"{path} is a directory, not an image"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and writable:

@@ -257,10 +257,6 @@ class Volume:
         """Serialises data operations: shared to read, exclusive to write or truncate."""
         return self.iolocks.locked(ip.handle, shared)
 
-    def ilock(self, ip: Inode, shared: bool = False) -> AbstractAsyncContextManager[None]:
-        """Guards core and forks; write transactions take it through `lock_inodes`."""
-        return self.ilocks.locked(ip.handle, shared)
-
     async def admit(self, name: str) -> None:
         """Let a transaction begin when dirty metadata leaves memory for it.
 
@@ -413,9 +409,12 @@ async def _admit_image(device: Device, read_only: bool) -> Geometry:
     """Superblock and log checks. Raises UserError."""
     raw = bytearray(min(SUPERBLOCK_READ, device.size))
     await device.read(0, [memoryview(raw)])
-    sb = superblock.read(raw, device.size)
-    superblock.check_features(sb, writable=not read_only)
-    geo = superblock.geometry(sb)
+    try:
+        sb = superblock.read(raw, device.size)
+        superblock.check_features(sb, writable=not read_only)
+        geo = superblock.geometry(sb)
+    except UserError as error:
+        raise UserError(f"{device.name}: {error}", error.exit_code) from error
     if not await head.is_clean(device, geo):
         raise UserError(
             f"{device.name}: the log holds changes that were not written back. Mount the image "

@@ -8,9 +8,6 @@ write to finish. Waiters are served in FIFO order.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import numpy as np
 import trio
 
@@ -85,12 +82,3 @@ class IoendPool:
         ioend.reset()
         self._free.append(ioend)
         self._turn.release()
-
-    @asynccontextmanager
-    async def borrow(self) -> AsyncIterator[Ioend]:
-        """An ioend for the length of a block."""
-        ioend = await self.get()
-        try:
-            yield ioend
-        finally:
-            self.put(ioend)

@@ -171,8 +171,7 @@ def copy_in(
 
 
 @kernel(
-    "i8(u4[::1], u1[::1], u4[::1], u1[::1], i8[::1], u4[::1], i8, i8, i8, u1[::1], i8, i8,"
-    " i8[::1])"
+    "i8(u4[::1], u1[::1], u4[::1], u1[::1], i8[::1], u4[::1], i8, i8, i8, u1[::1], i8, i8, i8[::1])"
 )
 def copy_out(
     m4, mem, flags, orders, indices, blocks, root, block_log, pos, target, start, length, out
@@ -241,18 +240,6 @@ def claim(m4, blocks, root, pfn, base, block_log, first, last, add):
         if block_bits(blocks, pfn, base, block_log, block) & CLAIMED == 0:
             n += 1
             change_bits(blocks, pfn, base, block_log, block, block + 1, add, 0)
-    spin_unlock(m4, root + R_LOCK)
-    return n
-
-
-@kernel("i8(u4[::1], u4[::1], i8, i8, i8, i8, i8, i8, i8)")
-def count_bits(m4, blocks, root, pfn, base, block_log, first, last, bit):
-    """Blocks of [first, last) that have `bit` set."""
-    n = np.int64(0)
-    spin_lock(m4, root + R_LOCK)
-    for block in range(first, last):
-        if block_bits(blocks, pfn, base, block_log, block) & bit != 0:
-            n += 1
     spin_unlock(m4, root + R_LOCK)
     return n
 

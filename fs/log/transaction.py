@@ -14,7 +14,6 @@ them home in any order, under the needsrepair guard of the superblock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -52,10 +51,8 @@ class Transaction:
         self._readers = inodes
         self._held: dict[int, Buf] = {}
         self._stale: list[Buf] = []
-        self._inode_refs: list[Inode] = []
         self._locked: list[int] = []
         self._space_locked = False
-        self._on_commit: list[Callable[[], None]] = []
         self.places: dict[tuple[int, int], Runs] = {}  # of directory blocks, by inode and block
         self._shield = trio.CancelScope(shield=True)
         self._scope = gfp.nofs()
@@ -82,9 +79,6 @@ class Transaction:
         try:
             if kind is not None and self.dirty:
                 self.vol.shutdown(f"transaction {self.name} was cancelled while dirty: {error!r}")
-            elif kind is None:
-                for call in self._on_commit:
-                    call()
             for buf in self._stale:
                 await self.vol.bufs.wait_written(buf.handle)
         finally:
@@ -103,8 +97,6 @@ class Transaction:
             self.vol.space_lock.release(0)
         for handle in self._locked:
             self.vol.ilocks.release(handle)
-        for ip in self._inode_refs:
-            self.vol.inodes.put(ip)
         if self._write:
             self.vol.leave()
 
@@ -193,11 +185,6 @@ class Transaction:
         self.dirty = True
         self.vol.inodes.mark_dirty(ip)
 
-    def hold_inode(self, ip: Inode) -> Inode:
-        """Hand a reference to the transaction: it is dropped at the end."""
-        self._inode_refs.append(ip)
-        return ip
-
     def take_delalloc(self, blocks: int) -> None:
         """Take over a reservation that dirty data made when it was written."""
         self.vol.space.delalloc_to_reserved(blocks)
@@ -207,7 +194,3 @@ class Transaction:
         """Reserve from the pool for work that must complete."""
         self.vol.space.reserve(blocks, from_pool=True)
         self.blocks += blocks
-
-    def on_commit(self, call: Callable[[], None]) -> None:
-        """Run `call` when the transaction commits."""
-        self._on_commit.append(call)

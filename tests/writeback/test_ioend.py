@@ -32,11 +32,12 @@ async def test_waits_for_an_earlier_one() -> None:
 
 async def test_comes_back_clean() -> None:
     pool = IoendPool(1)
-    async with pool.borrow() as ioend:
-        ioend.handle, ioend.error = 7, 5
-        ioend.meta[:] = (1, 1, 1, 9)
-        ioend.runs[0] = (3, 4)
-        assert ioend.ranges() == [(3, 4)]
-        assert ioend.next_index == 9
+    ioend = await pool.get()
+    ioend.handle, ioend.error = 7, 5
+    ioend.meta[:] = (1, 1, 1, 9)
+    ioend.runs[0] = (3, 4)
+    assert ioend.ranges() == [(3, 4)]
+    assert ioend.next_index == 9
+    pool.put(ioend)
     again = await pool.get()
     assert (again.handle, again.error, again.nr_folios, again.ranges()) == (0, 0, 0, [])
