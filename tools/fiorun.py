@@ -31,6 +31,7 @@ class Fio:
     write_bytes_s: float
     read_p99_ns: float
     write_p99_ns: float
+    p50_ns: float
     errors: int
     text: str = ""
 
@@ -59,14 +60,14 @@ def job_file(name: str) -> Path:
     return path
 
 
-def _p99(side: dict[str, dict[str, dict[str, float]]]) -> float:
-    return float(side.get("clat_ns", {}).get("percentile", {}).get("99.000000", 0.0))
+def _percentile(side: dict[str, dict[str, dict[str, float]]], which: int) -> float:
+    return float(side.get("clat_ns", {}).get("percentile", {}).get(f"{which}.000000", 0.0))
 
 
 def _parse(name: str, status: int, output: str, complaints: str) -> Fio:
     start = output.find("{")
     if start < 0:
-        return Fio(name, 0, 0, 0, 0, 0, 0, 1, (output + complaints).strip())
+        return Fio(name, 0, 0, 0, 0, 0, 0, 0, 1, (output + complaints).strip())
     jobs = json.loads(output[start:])["jobs"]
     errors = sum(1 for job in jobs if job.get("error")) or (1 if status else 0)
 
@@ -79,17 +80,28 @@ def _parse(name: str, status: int, output: str, complaints: str) -> Fio:
         total("write", "iops"),
         total("read", "bw_bytes"),
         total("write", "bw_bytes"),
-        max(_p99(job["read"]) for job in jobs),
-        max(_p99(job["write"]) for job in jobs),
+        max(_percentile(job["read"], 99) for job in jobs),
+        max(_percentile(job["write"], 99) for job in jobs),
+        max(_percentile(job[side], 50) for job in jobs for side in ("read", "write")),
         errors,
         (output[:start] + complaints).strip() if errors else "",
     )
 
 
-def run(name: str, directory: Path, size: int, runtime_s: int = 5, timeout: float = 900.0) -> Fio:
+def run(
+    name: str,
+    directory: Path,
+    size: int,
+    runtime_s: int = 5,
+    timeout: float = 900.0,
+    *,
+    direct: bool = False,
+    clients: int = 1,
+) -> Fio:
     """Run the job file `name` in a directory of its own under `directory`, which is removed.
 
-    `size` is the bytes of each job's file. An error that fio meets is in the result, not raised.
+    `size` is the bytes of each client's file; `direct` asks for O_DIRECT. An error that fio meets
+    is in the result, not raised.
     """
     where = directory / f"fio-{name}"
     where.mkdir()
@@ -98,6 +110,8 @@ def run(name: str, directory: Path, size: int, runtime_s: int = 5, timeout: floa
         "FIO_DIR": str(where),
         "FIO_SIZE": str(size),
         "FIO_RUNTIME": str(runtime_s),
+        "FIO_DIRECT": str(int(direct)),
+        "FIO_CLIENTS": str(clients),
     }
     try:
         done = subprocess.run(

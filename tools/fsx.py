@@ -46,7 +46,10 @@ WEIGHTS = {
     "fallocate": 4,
     "punch": 6,
     "zero": 4,
+    "collapse": 2,
+    "insert": 2,
     "copy": 3,
+    "seek": 2,
     "fsync": 1,
     "reopen": 1,
     "drop": 1,
@@ -123,11 +126,15 @@ def writer_of(data: bytes | memoryview, offset: int) -> str:
 
 
 class Plan:
-    """The endless sequence of steps that a seed means, for the operations that are enabled."""
+    """The endless sequence of steps that a seed means, for the operations that are enabled.
 
-    def __init__(self, options: Options, enabled: list[str]) -> None:
+    `block` is the file system's block size, to which shifts of data are aligned.
+    """
+
+    def __init__(self, options: Options, enabled: list[str], block: int) -> None:
         self.rng = random.Random(options.seed)
         self.options = options
+        self.block = block
         self.names = enabled
         self.weights = [WEIGHTS[name] for name in enabled]
 
@@ -162,8 +169,23 @@ class Plan:
             return Step(name, to, length, offset) if length and apart else Step("fsync")
         if name in ("fsync", "reopen", "drop"):
             return Step(name, 0, 0, rng.randrange(2))
+        if name in ("collapse", "insert"):
+            return self._shift(name, size)
+        if name == "seek":
+            return Step(name, rng.randrange(size)) if size else Step("fsync")
         offset, length = self._range(top)
         return Step(name, offset, length, rng.randrange(2) if name == "fallocate" else 0)
+
+
+    def _shift(self, name: str, size: int) -> Step:
+        """Whole blocks inside the file that go, or that are put in between."""
+        block = self.block
+        room = size - 1 if name == "collapse" else self.options.file_max - size
+        length = self._range(max(size, 1))[1] // block * block or block
+        if size <= block or length > room:
+            return Step("fsync")
+        last = size - 1 - (length if name == "collapse" else 0)
+        return Step(name, self.rng.randrange(last // block + 1) * block, length)
 
 
 @dataclass
@@ -297,6 +319,40 @@ def do_zero(file: File, step: Step) -> None:
     file.grow(step.offset + step.length)
 
 
+def do_collapse(file: File, step: Step) -> None:
+    fallocate(file.fd, FALLOC_COLLAPSE_RANGE, step.offset, step.length)
+    end, size = step.offset + step.length, file.size
+    file.data[step.offset : size - step.length] = file.data[end:size]
+    file.clear(size - step.length, size)
+    file.size -= step.length
+
+
+def do_insert(file: File, step: Step) -> None:
+    fallocate(file.fd, FALLOC_INSERT_RANGE, step.offset, step.length)
+    end, size = step.offset + step.length, file.size
+    file.data[end : size + step.length] = file.data[step.offset : size]
+    file.clear(step.offset, end)
+    file.size += step.length
+
+
+def do_seek(file: File, step: Step) -> None:
+    """From `offset` on, what SEEK_HOLE and SEEK_DATA call a hole must be zeros."""
+    at = step.offset
+    while at < file.size:
+        hole = os.lseek(file.fd, at, os.SEEK_HOLE)
+        try:
+            data = os.lseek(file.fd, hole, os.SEEK_DATA) if hole < file.size else file.size
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            data = file.size
+        if not at <= hole <= data <= file.size:
+            raise Mismatch(f"from {at:#x}: hole at {hole:#x}, data at {data:#x}")
+        if any(memoryview(file.data)[hole:data]):
+            raise Mismatch(f"there is data in the hole {hole:#x} to {data:#x}")
+        at = data if data > at else file.size
+
+
 def do_copy(file: File, step: Step) -> None:
     source, to, left = step.extra, step.offset, step.length
     while left:
@@ -343,6 +399,9 @@ ACTIONS: dict[str, Callable[[File, Step], None]] = {
     "fallocate": do_fallocate,
     "punch": do_punch,
     "zero": do_zero,
+    "collapse": do_collapse,
+    "insert": do_insert,
+    "seek": do_seek,
     "copy": do_copy,
     "fsync": do_fsync,
     "reopen": do_reopen,
@@ -373,9 +432,16 @@ def probe(path: Path) -> frozenset[str]:
             "punch": Step("punch", 0, PAGE),
             "zero": Step("zero", 0, PAGE),
             "copy": Step("copy", PAGE, PAGE, 0),
+            "seek": Step("seek", 0),
         }
         for name, step in trials.items():
             if not _works(partial(ACTIONS[name], file, step)):
+                refused.add(name)
+        block = os.statvfs(path).f_bsize
+        os.ftruncate(file.fd, 3 * block)
+        file.data, file.size = bytearray(4 * block), 3 * block
+        for name in ("collapse", "insert"):
+            if not _works(partial(ACTIONS[name], file, Step(name, block, block))):
                 refused.add(name)
         file.shared = "mapwrite" not in refused
         if not _works(partial(do_mapread, file, Step("mapread", 0, 1))):
@@ -409,7 +475,7 @@ class Run:
 
     def planned(self) -> Iterator[Step]:
         enabled = [name for name in WEIGHTS if name not in self.refused]
-        plan = Plan(self.options, enabled)
+        plan = Plan(self.options, enabled, os.statvfs(self.file.path.parent).f_bsize)
         for _ in range(self.options.ops):
             yield plan.next(self.file.size)
 

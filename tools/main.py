@@ -102,14 +102,20 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds; the report shows medians.")] = 3,
     files: Annotated[int, typer.Option(help="Files made, looked at and removed.")] = 5000,
     runtime: Annotated[int, typer.Option(help="Seconds for each fio job.")] = 3,
-    memory: Memory = "256M",
+    memory: Memory = "1G",
     cache: Cache = "none",
+    lanes: Annotated[int | None, typer.Option(help="Lanes of our mount; 0: none.")] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Command of another file system, with {source} and {mnt}; repeat."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure mount time, fio rates and metadata rates beside tmpfs and the kernel's XFS."""
+    """Measure mount time, fio and metadata rates beside tmpfs, the kernel's XFS and FUSE peers."""
     from tools import bench as benchmark
 
-    table = benchmark.bench(benchmark.Plan(rounds, files, runtime, memory, cache))
+    plan = benchmark.Plan(rounds, files, runtime, memory, cache, lanes, tuple(peer or ()))
+    table = benchmark.bench(plan)
     if as_json:
         typer.echo(json.dumps(benchmark.as_json(table), indent=2))
     else:

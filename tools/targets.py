@@ -41,6 +41,7 @@ class Target:
     name: str
     path: Path
     note: str = ""
+    direct: bool = False  # fio must ask for O_DIRECT, or the kernel's cache answers
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import support
 from tools import fsx
 
 SMALL = {"ops": 300, "file_max": 1 << 18, "io_max": 1 << 14, "whole_every": 100, "quiet": True}
@@ -27,12 +28,13 @@ def test_a_good_file_system_has_no_difference(scratch: Path) -> None:
 
 def test_the_seed_alone_decides_the_operations(scratch: Path) -> None:
     logs = []
+    refused = fsx.probe(scratch / "file") | {"zero"}
     for name in ("one", "two"):
-        run = fsx.Run(scratch / name, options(seed=9), frozenset({"zero"}))
+        run = fsx.Run(scratch / name, options(seed=9), refused)
         assert run.execute(run.planned()).problem == ""
         logs.append(run.log)
     assert logs[0] == logs[1]
-    other = fsx.Run(scratch / "three", options(seed=10), frozenset({"zero"}))
+    other = fsx.Run(scratch / "three", options(seed=10), refused)
     other.execute(other.planned())
     assert other.log != logs[0]
 
@@ -79,6 +81,31 @@ def test_a_planted_fault_is_found(
     again = fsx.replay(scratch / "again", result.log, options())
     assert again.problem == ""  # the fault was in the writer, which is whole again
     assert again.done == result.done
+
+
+@support.needs_root
+def test_the_kernels_xfs_knows_every_operation(scratch: Path) -> None:
+    image = support.mkfs(scratch)
+    with support.kernel_mount(image, scratch / "mnt") as where:
+        result = fsx.exercise(where / "file", options(seed=6, ops=1500))
+    assert result.problem == ""
+    assert not result.refused
+
+
+@support.needs_root
+@pytest.mark.parametrize("name", ["collapse", "insert", "copy", "zero", "punch"])
+def test_a_lost_shift_or_copy_is_found(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(scratch)
+    image = support.mkfs(scratch)
+    with support.kernel_mount(image, scratch / "mnt") as where:
+        settings = options(seed=6, ops=1500)
+        run = fsx.Run(where / "file", settings, fsx.probe(where / "file"))
+        monkeypatch.setattr(fsx, "fallocate", lambda fd, mode, offset, length: None)
+        monkeypatch.setattr(fsx.os, "copy_file_range", lambda a, b, length, at, to: length)
+        result = run.execute(step for step in run.planned() if step.name in ("write", name))
+    assert result.problem
 
 
 def test_a_stop_keeps_the_file(scratch: Path) -> None:

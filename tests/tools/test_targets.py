@@ -56,10 +56,12 @@ def test_job_files_use_the_environment(name: str) -> None:
 
 
 def test_fio_output_is_read() -> None:
-    side = {"iops": 10.5, "bw_bytes": 4096, "clat_ns": {"percentile": {"99.000000": 1234}}}
+    latencies = {"percentile": {"50.000000": 99, "99.000000": 1234}}
+    side = {"iops": 10.5, "bw_bytes": 4096, "clat_ns": latencies}
     job = {"error": 0, "read": side, "write": {"iops": 1, "bw_bytes": 2}}
     result = fiorun._parse("x", 0, "fio: a note\n" + json.dumps({"jobs": [job, job]}), "")
     assert (result.iops, result.bytes_s, result.p99_ns) == (23.0, 8196.0, 1234.0)
+    assert result.p50_ns == 99.0
     assert result.errors == 0
 
 
