@@ -50,6 +50,7 @@ from alloc.page import (
     Slabs,
     make_pages,
 )
+from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
 from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
 from alloc.vmstat import VmStat, buddyinfo, meminfo
@@ -97,6 +98,7 @@ class Arena:
         buddy.build_free_lists(*self.buddy)
         assert self.free_pages == self.nr_pages - 1
         self.vmstat = VmStat(self.words)
+        self.rcu = Rcu()
         self.queue = WaitQueue(self._waiters_changed)
         self.reclaim = Reclaim(self.words, self.vmstat, lambda: len(self.queue))
         self.lru = Lru(
@@ -317,6 +319,7 @@ class Arena:
             while not ticket.value:
                 self.reclaim.wake_kswapd()
                 await self.reclaim.direct(gfp, lambda: self._served(ticket))
+                self.rcu.synchronize()  # what waits for a grace period is memory, too
                 if not ticket.value:
                     self.reclaim.wake_cleaners()
                     report_at = await self._sleep(ticket, report_at)

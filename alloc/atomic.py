@@ -59,6 +59,9 @@ if DISABLED:
         array[i] = desired
         return True
 
+    def full_barrier():
+        return None
+
     def count_trailing_zeros(value):
         bits = int(value)
         return (bits & -bits).bit_length() - 1 if bits else 64
@@ -127,6 +130,16 @@ else:
             return builder.extract_value(pair, 1)
 
         return types.boolean(array, i, expected, desired), codegen
+
+    @intrinsic
+    def full_barrier(typingctx):
+        """No load or store moves over it, in either direction: stores before loads, too."""
+
+        def codegen(context, builder, signature, args):
+            builder.fence("seq_cst")
+            return context.get_dummy_value()
+
+        return types.void(), codegen
 
     @intrinsic
     def count_trailing_zeros(typingctx, value):

@@ -1,6 +1,7 @@
-"""The C library for kernels: positioned I/O and block memory operations on the arena.
+"""The C library for kernels: I/O, clocks and block memory operations on the arena.
 
 `mem` is a uint8 array (usually the whole arena) and `addr` a byte offset in it, as everywhere.
+A struct iovec is two words of a uint64 array, machine address (`address`) and length.
 The functions are bound through numba's ExternalFunction, which is cached like any kernel but is
 not a documented interface: nothing outside this module may use it. With NUMBA_DISABLE_JIT=1 the
 same names are plain Python.
@@ -15,8 +16,10 @@ Nothing here checks bounds against `mem`: callers assert them at their boundary.
 from __future__ import annotations
 
 import os
+import time
+from ctypes import c_char
 
-from numba import carray
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -39,6 +42,41 @@ if DISABLED:
         except OSError as error:
             return -(error.errno or 0)
 
+    def address(array, i):
+        return array.ctypes.data + int(i) * array.itemsize
+
+    def _iovecs(iov, n):
+        pairs = [(int(iov[2 * i]), int(iov[2 * i + 1])) for i in range(n)]
+        return [(c_char * size).from_address(at) for at, size in pairs]
+
+    def readv(fd, iov, n):
+        try:
+            return os.readv(fd, _iovecs(iov, n))
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def writev(fd, iov, n):
+        try:
+            return os.writev(fd, _iovecs(iov, n))
+        except OSError as error:
+            return -(error.errno or 0)
+
+    def read_bytes(fd, array, i, n):
+        return readv(fd, (address(array, i), n), 1)
+
+    def write_bytes(fd, array, i, n):
+        return writev(fd, (address(array, i), n), 1)
+
+    def usleep(us):
+        time.sleep(us / 1e6)
+        return 0
+
+    def monotonic_ns():
+        return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+    def realtime_ns():
+        return time.clock_gettime_ns(time.CLOCK_REALTIME)
+
     def memcpy(mem_to, to, mem_from, start, nbytes):
         mem_to[to : to + nbytes] = mem_from[start : start + nbytes]
 
@@ -54,13 +92,19 @@ if DISABLED:
 
 else:
     sched_yield = types.ExternalFunction("sched_yield", types.intc())
-    _errno_location = types.ExternalFunction("__errno_location", types.CPointer(types.intc)())
     _pread = types.ExternalFunction(
         "pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64)
     )
     _pwrite = types.ExternalFunction(
         "pwrite", types.intp(types.intc, types.voidptr, types.uintp, types.int64)
     )
+    _vector = types.intp(types.intc, types.voidptr, types.intc)
+    _readv = types.ExternalFunction("readv", _vector)
+    _writev = types.ExternalFunction("writev", _vector)
+    _plain = types.intp(types.intc, types.voidptr, types.uintp)
+    _read = types.ExternalFunction("read", _plain)
+    _write = types.ExternalFunction("write", _plain)
+    _usleep = types.ExternalFunction("usleep", types.intc(types.uint32))
     _block = types.voidptr(types.voidptr, types.voidptr, types.uintp)
     _memcpy = types.ExternalFunction("memcpy", _block)
     _memmove = types.ExternalFunction("memmove", _block)
@@ -71,24 +115,94 @@ else:
         "memset", types.voidptr(types.voidptr, types.intc, types.uintp)
     )
 
+    def _pointer(context, builder, signature, args):
+        """Pointer to args[0][args[1]]."""
+        array_type, index_type = signature.args
+        value = context.make_array(array_type)(context, builder, args[0])
+        index = context.cast(builder, args[1], index_type, types.intp)
+        return cgutils.get_item_pointer(
+            context, builder, array_type, value, [index], wraparound=False
+        )
+
     @intrinsic
     def _address(typingctx, array, i):
         """The machine address of array[i]."""
 
         def codegen(context, builder, signature, args):
-            array_type, index_type = signature.args
-            value = context.make_array(array_type)(context, builder, args[0])
-            index = context.cast(builder, args[1], index_type, types.intp)
-            pointer = cgutils.get_item_pointer(
-                context, builder, array_type, value, [index], wraparound=False
-            )
+            pointer = _pointer(context, builder, signature, args)
             return builder.bitcast(pointer, cgutils.voidptr_t)
 
         return types.voidptr(array, i), codegen
 
+    @intrinsic
+    def address(typingctx, array, i):
+        """The machine address of array[i], as a number."""
+
+        def codegen(context, builder, signature, args):
+            pointer = _pointer(context, builder, signature, args)
+            return builder.ptrtoint(pointer, ir.IntType(64))
+
+        return types.int64(array, i), codegen
+
+    @intrinsic
+    def _errno(typingctx):
+        """The calling thread's errno."""
+
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(ir.IntType(32).as_pointer(), ())
+            place = cgutils.get_or_insert_function(builder.module, kind, "__errno_location")
+            return builder.load(builder.call(place, ()))
+
+        return types.int32(), codegen
+
+    @intrinsic
+    def _clock_ns(typingctx, clock):
+        """clock_gettime(2) into a struct timespec on the stack."""
+
+        def codegen(context, builder, signature, args):
+            word, number = ir.IntType(64), ir.IntType(32)
+            spec = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
+            kind = ir.FunctionType(number, (number, spec.type))
+            function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+            clock = context.cast(builder, args[0], signature.args[0], types.int32)
+            builder.call(function, (clock, spec))
+            seconds = builder.load(cgutils.gep_inbounds(builder, spec, 0, 0))
+            rest = builder.load(cgutils.gep_inbounds(builder, spec, 0, 1))
+            return builder.add(builder.mul(seconds, ir.Constant(word, 10**9)), rest)
+
+        return types.int64(clock), codegen
+
     @helper
-    def _errno():
-        return carray(_errno_location(), 1)[0]
+    def monotonic_ns():
+        return _clock_ns(1)
+
+    @helper
+    def realtime_ns():
+        return _clock_ns(0)
+
+    @helper
+    def usleep(us):
+        return _usleep(us)
+
+    @helper
+    def readv(fd, iov, n):
+        got = _readv(fd, _address(iov, 0), n)
+        return got if got >= 0 else -_errno()
+
+    @helper
+    def writev(fd, iov, n):
+        put = _writev(fd, _address(iov, 0), n)
+        return put if put >= 0 else -_errno()
+
+    @helper
+    def read_bytes(fd, array, i, n):
+        got = _read(fd, _address(array, i), n)
+        return got if got >= 0 else -_errno()
+
+    @helper
+    def write_bytes(fd, array, i, n):
+        put = _write(fd, _address(array, i), n)
+        return put if put >= 0 else -_errno()
 
     @helper
     def pread(fd, mem, addr, nbytes, offset):

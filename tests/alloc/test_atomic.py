@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from alloc import atomic
-from alloc.jit import DISABLED, helper
+from alloc.jit import DISABLED, probe
 
 KINDS = ("u1", "i4", "u4", "i8", "u8")
 
 
-@helper
+@probe
 def each_once(array):
     seen = np.zeros(8, np.int64)
     seen[0] = np.int64(atomic.load_acquire(array, 1))
@@ -28,13 +28,13 @@ def each_once(array):
     return seen
 
 
-@helper
+@probe
 def add_many(array, n):
     for _ in range(n):
         atomic.fetch_add_acq_rel(array, 0, 1)
 
 
-@helper
+@probe
 def add_locked(words, n):
     """A plain counter under a spin lock, and another that only a successful trylock bumps."""
     for _ in range(n):
@@ -47,12 +47,12 @@ def add_locked(words, n):
             atomic.spin_unlock(words, 0)
 
 
-@helper
+@probe
 def trailing(value):
     return atomic.count_trailing_zeros(value)
 
 
-@helper
+@probe
 def mask(bits):
     return atomic.mask64(bits)
 

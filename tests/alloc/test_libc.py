@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from alloc import libc
-from alloc.jit import helper
+from alloc.jit import probe
 
 
-@helper
+@probe
 def copy_and_compare(mem, other):
     libc.memcpy(other, 10, mem, 20, 30)
     same = libc.memcmp(other, 10, mem, 20, 30)

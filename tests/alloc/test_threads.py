@@ -9,7 +9,7 @@ import pytest
 
 from alloc import buddy, lru, slab
 from alloc.arena import Arena
-from alloc.jit import DISABLED, helper
+from alloc.jit import DISABLED, probe
 from alloc.page import Buddy, Slabs
 
 pytestmark = pytest.mark.skipif(DISABLED, reason="needs threads without the GIL")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(DISABLED, reason="needs threads without the GIL"
 KEEP = 64
 
 
-@helper
+@probe
 def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, seed, rounds):
     """Take, share, list, isolate and put random blocks; stamps must survive. Errors counted."""
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
@@ -53,7 +53,7 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, seed, r
     return errors
 
 
-@helper
+@probe
 def churn_objects(
     words, flags, order, refs, lru_next, lru_prev, mapping, low, high, mem, cache, seed, rounds
 ):
