@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fs.cache.inode import Inode
     from fs.volume import Volume
 
-__all__ = ["discard", "fsync", "read", "release", "stat_blocks", "truncate", "write"]
+__all__ = ["discard", "fsync", "read", "stat_blocks", "truncate", "write"]
 
 S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
 
@@ -40,8 +40,10 @@ Buffer = bytes | bytearray | memoryview
 async def read(vol: Volume, ip: Inode, offset: int, size: int) -> Buffer:
     """Up to `size` bytes at `offset`; fewer only at the end of the file.
 
-    The result may be a view of cached memory: it is valid until the caller's next await. Raises
-    OSError(EIO), Corrupt, ShutDown.
+    The result may be a view of cached memory: the memory stays the file's until the caller's next
+    await. The IOLOCK is free again, so where there are lanes one of them may write into it
+    meanwhile; they answer reads under the lock (`fs/front/laneread.py`). Raises OSError(EIO),
+    Corrupt, ShutDown.
     """
     vol.check_alive()
     if offset < 0 or size < 0:
@@ -61,12 +63,12 @@ async def read(vol: Volume, ip: Inode, offset: int, size: int) -> Buffer:
             if hint[1]:
                 vol.arena.lru.mark_accessed(int(hint[1]))
             return pages.view[addr : addr + length]
-        return await _read_slowly(vol, ip, offset, length)
+        return await read_slowly(vol, ip, offset, length)
     finally:
         locks.release(handle)
 
 
-async def _read_slowly(vol: Volume, ip: Inode, offset: int, length: int) -> bytearray:
+async def read_slowly(vol: Volume, ip: Inode, offset: int, length: int) -> bytearray:
     """A copy of a range that spans folios, or is not cached."""
     pages = vol.pages
     result = bytearray(length)
@@ -111,14 +113,17 @@ async def write(
         if offset > ip.size:
             await extend(vol, ip, offset)
         if kill_privileges and ip.mode & (S_ISUID | S_ISGID):
-            await _remove_privileges(vol, ip)
-        return await _copy(vol, ip, offset, source[: SIZE_MAX - offset])
+            await remove_privileges(vol, ip)
+        return await write_held(vol, ip, offset, source[: SIZE_MAX - offset])
     finally:
         locks.release(handle)
 
 
-async def _copy(vol: Volume, ip: Inode, offset: int, source: Any) -> int:
-    """Write as much as can be; raises what stopped it only if nothing was written."""
+async def write_held(vol: Volume, ip: Inode, offset: int, source: Any) -> int:
+    """Write as much as can be; raises what stopped it only if nothing was written.
+
+    The caller holds the IOLOCK exclusively and had the file extended up to `offset`.
+    """
     done = 0
     length = source.size
     try:
@@ -132,27 +137,26 @@ async def _copy(vol: Volume, ip: Inode, offset: int, source: Any) -> int:
             raise
     finally:
         if done:
-            _changed(vol, ip)
+            changed(vol, ip)
     return done
 
 
-def _changed(vol: Volume, ip: Inode) -> None:
+def changed(vol: Volume, ip: Inode) -> None:
     """Stamps of a write: in memory now, logged by the flusher."""
-    ip.mtime = ip.ctime = stamp.now()
-    ip.changecount += 1
-    flags = vol.pages.columns["flags"]
-    if not flags[ip.handle] & INODE_DIRTY:
-        flags[ip.handle] |= INODE_DIRTY
-        vol.flusher.enlist(ip.handle)
+    vol.pages.note_write(ip, stamp.now())
 
 
-async def _remove_privileges(vol: Volume, ip: Inode) -> None:
-    """Take set-user-id, and set-group-id where it means execution, from a file that is written."""
+def unprivileged(mode: int) -> int:
+    """A mode without set-user-id, and without set-group-id where that means execution."""
+    mode &= ~S_ISUID
+    return mode & ~S_ISGID if mode & S_IXGRP else mode
+
+
+async def remove_privileges(vol: Volume, ip: Inode) -> None:
+    """Take set-id bits from a file that is written."""
     async with vol.transaction("remove privileges") as tp:
         await tp.lock_inodes(ip)
-        mode = ip.mode & ~S_ISUID
-        if mode & S_IXGRP:
-            mode &= ~S_ISGID
+        mode = unprivileged(ip.mode)
         if mode != ip.mode:
             ip.mode = mode
             ip.ctime = stamp.now()
@@ -180,10 +184,6 @@ async def fsync(vol: Volume, ip: Inode, datasync: bool = False) -> None:
     if error:
         state["error"] = 0
         raise OSError(error, "write-back of the file failed earlier")
-
-
-async def release(vol: Volume, ip: Inode) -> None:
-    """The last descriptor of a file was closed. Nothing is kept for open files yet."""
 
 
 def stat_blocks(vol: Volume, ip: Inode) -> int:

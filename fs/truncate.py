@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fs.volume import Volume
 
 SIZE_MAX = (1 << 63) - (1 << 22)  # so that the end of the last folio is still a 63-bit number
+_EVERYTHING = (1 << 63) - 1
 _ZEROES = np.zeros(1 << 16, np.uint8)
 _ZEROES.flags.writeable = False
 
@@ -47,7 +48,7 @@ async def truncate(vol: Volume, ip: Inode, size: int) -> None:
         raise OSError(errno.EFBIG, "file too large")
     async with vol.iolock(ip):
         if size > ip.size:
-            await _grow(vol, ip, size)
+            await grow(vol, ip, size)
         else:
             await _shrink(vol, ip, size)
     vol.flusher.settle(ip.handle)
@@ -59,16 +60,16 @@ async def discard(vol: Volume, ip: Inode) -> None:
     Nothing is written; afterwards the inode's mapping is empty and off the dirty list.
     """
     ip.size = 0
-    await _drop_folios(vol, ip, 0)
-    await _unmap(vol, ip, 0)
-    vol.pages.state(ip.handle)["flags"] &= ~INODE_DIRTY & 0xFFFF
+    await drop_folios(vol, ip, 0)
+    await unmap(vol, ip, 0)
+    vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)
     vol.flusher.settle(ip.handle)
 
 
-async def _grow(vol: Volume, ip: Inode, size: int) -> None:
+async def grow(vol: Volume, ip: Inode, size: int) -> None:
     old = ip.size
     await extend(vol, ip, size)
-    await _write_out(vol, ip, min(ip.disk_size, old), size)
+    await write_out(vol, ip, min(ip.disk_size, old), size)
     async with vol.transaction("truncate up") as tp:
         await tp.lock_inodes(ip)
         ip.size = ip.disk_size = size
@@ -79,22 +80,22 @@ async def _grow(vol: Volume, ip: Inode, size: int) -> None:
 async def _shrink(vol: Volume, ip: Inode, size: int) -> None:
     block_end = -(-size // vol.geo.block_size) * vol.geo.block_size
     if size < ip.size:
-        zeroed = await _zero_written(vol, ip, size, min(block_end, ip.size))
+        zeroed = await zero_written(vol, ip, size, min(block_end, ip.size))
         ip.size = size
-        await _drop_folios(vol, ip, size)
+        await drop_folios(vol, ip, size)
         if zeroed or ip.disk_size < size:
-            await _write_out(vol, ip, min(ip.disk_size, size), size)
-    await _unmap(vol, ip, size)
+            await write_out(vol, ip, min(ip.disk_size, size), size)
+    await unmap(vol, ip, size)
 
 
 def _stamp(vol: Volume, ip: Inode) -> None:
-    """mtime and ctime; the caller logs the inode."""
+    """mtime and ctime; the caller, who holds IOLOCK and ILOCK, logs the inode."""
     ip.mtime = ip.ctime = stamp.now()
     ip.changecount += 1
-    vol.pages.state(ip.handle)["flags"] &= ~INODE_DIRTY & 0xFFFF
+    vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)
 
 
-async def _write_out(vol: Volume, ip: Inode, start: int, end: int) -> None:
+async def write_out(vol: Volume, ip: Inode, start: int, end: int) -> None:
     """Bytes from `start` to the block of `end` are on the device when this returns."""
     args = (ip.handle, start >> 12, max(end - 1, start) >> 12)
     await vol.pages.write_range(*args, integrity=True, budget=ALL_PAGES)
@@ -109,17 +110,18 @@ async def extend(vol: Volume, ip: Inode, end: int) -> None:
 
     Holes and unwritten blocks do already. Raises OSError(ENOSPC), OSError(EIO), Corrupt.
     """
-    await _zero_written(vol, ip, ip.size, end)
+    await zero_written(vol, ip, ip.size, end)
 
 
-async def _zero_written(vol: Volume, ip: Inode, start: int, end: int) -> bool:
+async def zero_written(vol: Volume, ip: Inode, start: int, end: int) -> bool:
     """Write zeros over what in [start, end) is not zero for want of blocks; whether any were."""
     log = vol.geo.block_log
     wrote = False
     while start < end:
         block = start >> log
         block_end = min(end, (block + 1) << log)
-        cached = _cached(vol, ip, start, block_end) if start > block << log else None
+        whole = start == block << log and block_end == (block + 1) << log
+        cached = None if whole else _cached(vol, ip, start, block_end)
         if cached is None:
             async with vol.reader(ip) as tp:
                 m = await bmap.lookup(tp, ip, block)
@@ -152,25 +154,28 @@ def _cached(vol: Volume, ip: Inode, start: int, end: int) -> bool | None:
 # -- dropping ----------------------------------------------------------------------------------
 
 
-async def _drop_folios(vol: Volume, ip: Inode, size: int) -> None:
-    """Remove what is cached behind `size`, waiting for reads and write-back to end."""
+async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHING) -> None:
+    """Remove what is cached of bytes [start, stop), waiting for reads and write-back to end.
+
+    What lies in a folio that holds more is zeroed there, and blocks wholly inside forgotten.
+    """
     pages = vol.pages
-    page = size >> 12
-    while pfn := pages.next(ip.handle, page, ALL_PAGES):
+    page = start >> 12
+    while pfn := pages.next(ip.handle, page, (stop - 1) >> 12):
         if pages.pages.flags[pfn] & (LOCKED | WRITEBACK):
             await pages.wait(pfn, LOCKED | WRITEBACK)
             continue
         base, end = pages.base(pfn), pages.end(pfn)
         page = end >> 12
-        reserved, pending = pages.cut(pfn, max(base, size), end)
+        reserved, pending = pages.cut(pfn, max(base, start), min(end, stop))
         if reserved or pending:
             delalloc.forget(vol, ip, reserved, pending)
-        if base >= size:
+        if base >= start and end <= stop:
             pages.remove(pfn)
     pages.dirty.admit()
 
 
-async def _unmap(vol: Volume, ip: Inode, size: int) -> None:
+async def unmap(vol: Volume, ip: Inode, size: int) -> None:
     """Log the size and free every block behind it."""
     start = -(-size // vol.geo.block_size)
     state = vol.pages.state(ip.handle)

@@ -25,9 +25,11 @@ import trio
 from alloc import gfp
 from alloc.arena import Arena
 from fs import namespace
+from fs.cache import resident
 from fs.cache.buf import BufCache
 from fs.cache.dentry import DentryCache
 from fs.cache.folio import PageCache
+from fs.cache.incore import I4_ILOCK, I4_IOLOCK, INODE_WORDS
 from fs.cache.inode import Inode, InodeCache
 from fs.cache.lock import LockTable
 from fs.device.base import Device
@@ -35,7 +37,7 @@ from fs.errors import Corrupt, ShutDown, UserError
 from fs.log import head
 from fs.log.transaction import Transaction
 from fs.space import Space
-from fs.xfs import ag, freespace, inobt, inode, superblock
+from fs.xfs import ag, btkind, dirbuf, freespace, inobt, inode, residentino, superblock
 from fs.xfs import layout as L
 from fs.xfs.geometry import Geometry
 from writeback.flusher import Flusher
@@ -47,7 +49,19 @@ METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transac
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
 INODEGC_BACKLOG = 256  # unlinked inodes in line before transactions wait for them
 RESTART_S = 1.0  # between a background task's failure and its next attempt
-FLUSH_BREATH = 64  # inodes flushed between two turns of the other tasks
+FLUSH_BATCH = 256  # inodes flushed between two turns of the other tasks
+
+# Kinds of blocks that kernels find by themselves, in the order of fs.cache.resident's K_*.
+RESIDENT_KINDS = (
+    ag.AGI_OPS,
+    btkind.INO.ops,
+    btkind.FINO.ops,
+    inode.INODE_OPS,
+    dirbuf.DATA_OPS,
+    dirbuf.LEAF_OPS,
+    dirbuf.FREE_OPS,
+    btkind.BMAP.ops,
+)
 
 default_log = logging.getLogger("nofailfs")
 
@@ -71,6 +85,7 @@ class Volume:
         self.read_only = read_only
         self.shut_down = False
         self.shutdown_reason = ""
+        self.on_shutdown: Callable[[], None] = lambda: None  # lanes hear of it so
         self.arena = Arena(memory_bytes)
         self.ags = ag.Summary(geo)
         self.space = Space(lambda: self.ags.unavailable)
@@ -79,9 +94,11 @@ class Volume:
         self.dentries = DentryCache(self.arena)
         self.pages = PageCache(self)
         self.flusher = Flusher(self.arena, self.pages, self.pages.dirty, log)
-        self.iolocks = LockTable("iolock")
-        self.ilocks = LockTable("ilock")
+        words = self.arena.mem.view(np.uint32)
+        self.iolocks = LockTable("iolock", words, INODE_WORDS, I4_IOLOCK)
+        self.ilocks = LockTable("ilock", words, INODE_WORDS, I4_ILOCK)
         self.space_lock = LockTable("space")
+        self.create_blocks = namespace.create_blocks(geo)
         self._running = 0  # transactions that are open
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
@@ -137,6 +154,9 @@ class Volume:
         await self.inodes.start()
         await self.dentries.start()
         await self.pages.start()
+        self.resident = resident.of_volume(
+            self, RESIDENT_KINDS, inode.limits(self.geo), inode.new_flags2(self.geo)
+        )
         self.arena.register_cleaner(self.wake_metadata)
         nursery.start_soon(self._in_background, self.arena.kswapd)
         async with self.reader() as tp:
@@ -165,6 +185,7 @@ class Volume:
     async def _stop(self) -> None:
         """Write everything and mark the image clean; after a shutdown write nothing."""
         self._closing = True
+        self.space.close_stash()
         if self.read_only:
             return
         try:
@@ -218,6 +239,7 @@ class Volume:
             return
         self.shut_down = True
         self.shutdown_reason = reason
+        self.on_shutdown()
         self.log.critical(
             "%s: corruption of in-memory data detected (%s). Shutting down filesystem. "
             "Please unmount the filesystem and run xfs_repair",
@@ -268,6 +290,15 @@ class Volume:
             await self._metadata_done.wait()
         self.check_writable()
 
+    def admits(self, blocks: int = 0) -> bool:
+        """May a transaction that waits for nothing begin and end now?
+
+        It must do without blocks, but is refused where one that may need `blocks` would be.
+        """
+        if self.shut_down or self.read_only or self._metadata_is_crowding():
+            return False
+        return not blocks or blocks <= self.space.available
+
     def _metadata_is_crowding(self) -> bool:
         dirty = self.bufs.dirty_bytes + self.inodes.dirty_count * DIRTY_INODE_BYTES
         return dirty > self.arena.mem.size // METADATA_SHARE
@@ -280,6 +311,7 @@ class Volume:
         """A write transaction ended."""
         assert self._running > 0
         self._running -= 1
+        self.space.changed()
 
     # -- metadata write-back --------------------------------------------------------------------
 
@@ -317,16 +349,13 @@ class Volume:
     async def _flush_inodes(self) -> None:
         """Copy dirty inodes into their cluster buffers."""
         async with self._inode_flush:
-            for turn in range(self.inodes.dirty_count):
-                ip = self.inodes.first_dirty()
-                if ip is None:
-                    break
-                if ip.mode:
-                    await self._flush_inode(ip)
-                else:
-                    self.inodes.mark_clean(ip)  # freed: inobt.free wrote it already
-                if turn % FLUSH_BREATH == 0:
-                    await trio.lowlevel.checkpoint()
+            left = self.inodes.dirty_count
+            while left > 0:
+                missing = residentino.flush(self.resident, min(left, FLUSH_BATCH))
+                if missing:
+                    await self._flush_inode(self.inodes.view(missing))
+                left -= 1 if missing else FLUSH_BATCH
+                await trio.lowlevel.checkpoint()
 
     async def _flush_inode(self, ip: Inode) -> None:
         ino = ip.ino
@@ -362,6 +391,10 @@ class Volume:
             self.bufs.release(buf.handle)
 
     def _queue_inactivation(self, ip: Inode) -> None:
+        """Free an unlinked inode without users: now if that is all there is to do, else in turn."""
+        if namespace.free_now(self, ip):
+            self.inodes.put(ip)
+            return
         self._inactive.append(ip)
         self._inactive_wake.set()
 

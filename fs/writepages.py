@@ -5,7 +5,9 @@ anything is awaited. *Map* finds the blocks of every dirty run: delayed ones get
 unwritten, in one transaction each; shared ones get new blocks beside the old. *Submit* writes
 from the folios. *Complete* converts what was unwritten, puts copies in the place of shared
 blocks, moves the on-disk size, and ends write-back of the folios. So the image never has a size or
-a written extent over data that is not on the device.
+a written extent over data that is not on the device. The size that a completion may log was taken
+with the content, under the mapping's lock; what a writer adds meanwhile is dirty again, and the
+completion of that write will move the size.
 
 No IOLOCK is taken here: writers and truncation wait for write-back, never the reverse. ILOCKs are
 taken by the transactions. A failure is kept in the mapping until an fsync tells it; the folios
@@ -24,7 +26,7 @@ from alloc import gfp
 from alloc.page import WRITEBACK
 from fs import delalloc, mapread
 from fs.cache import radix
-from fs.cache.blocks import MAPPED, PENDING, RESERVED
+from fs.cache.blocks import MAPPED, RESERVED
 from fs.cache.inode import Inode
 from fs.xfs import bmap, freespace, refcount
 from fs.xfs import layout as L
@@ -279,7 +281,7 @@ async def _complete(vol: Volume, ip: Inode, ioend: Ioend, segments: list[Segment
         await _edit_map(vol, ip, edits[:EDITS_MAX], 0)
         edits = edits[EDITS_MAX:]
     last, count = ioend.ranges()[-1]
-    size = min(ip.size, last + count << vol.geo.block_log)
+    size = min(ioend.size, last + count << vol.geo.block_log)
     if edits or size > ip.disk_size:
         await _edit_map(vol, ip, edits, size)
 
@@ -301,7 +303,7 @@ async def _edit_map(vol: Volume, ip: Inode, edits: list[Segment], size: int) -> 
             delalloc.give_back(tp, ip, 0, tree)
         ip.disk_size = max(ip.disk_size, min(size, ip.size))
         state["map_seq"] += 1
-        state["flags"] &= ~INODE_DIRTY & 0xFFFF
+        vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)
         tp.log_inode(ip)
 
 
@@ -320,29 +322,21 @@ async def _abandon_copies(vol: Volume, ip: Inode, segments: list[Segment]) -> No
 
 def _settle(vol: Volume, ip: Inode, ioend: Ioend) -> None:
     """Bits and promises of the blocks that were written (or have failed)."""
-    pages = vol.pages
     mapped = 0 if ioend.error or ip.flags2 & L.DIFLAG2_REFLINK else MAPPED
-    for first, count in ioend.ranges():
-        last = first + count
-        reserved = pages.change_range(
-            ip.handle, first, last, remove=RESERVED, count=RESERVED
-        )
-        pending = pages.change_range(
-            ip.handle, first, last, add=mapped, remove=PENDING, count=PENDING
-        )
-        if reserved or pending:
-            delalloc.forget(vol, ip, reserved, pending)
+    delalloc.settle(vol, ip, ioend.runs, ioend.nr_runs, mapped)
 
 
 async def log_core(vol: Volume, handle: int) -> None:
-    """Log an inode whose core changed in memory only (time stamps of writes)."""
+    """Log an inode whose core changed in memory only (time stamps of writes).
+
+    The flag goes first: a lane that changes the core while it is copied sets it again.
+    """
     ip = Inode(vol.inodes, handle)
-    state = vol.pages.state(handle)
     if not ip.mode or vol.shut_down:
-        state["flags"] &= ~INODE_DIRTY & 0xFFFF
+        vol.pages.change_flags(handle, remove=INODE_DIRTY)
         return
     async with vol.transaction("time stamps") as tp:
         await tp.lock_inodes(ip)
         if ip.mode:
-            state["flags"] &= ~INODE_DIRTY & 0xFFFF
+            vol.pages.change_flags(handle, remove=INODE_DIRTY)
             tp.log_inode(ip)

@@ -3,11 +3,16 @@
 Counts are in pages; a dirty folio counts whole. Limits follow Linux: dirtyable memory is what is
 free above the reserves plus the file cache; the background threshold (10 %) starts the flusher,
 above the hard limit (20 %) a writer waits before it takes a folio, in FIFO order, until the
-flusher has cleaned enough. Writers never write. Counters may be raised by kernels; waiting and
-waking happen on the trio thread.
+flusher has cleaned enough. Writers never write.
+
+Counters change by atomic addition, in kernels of any thread; waiting and waking happen on the
+trio thread. Writers that cannot wait (lanes) dirty only below the freerun ceiling and while nobody
+is in line, and tell the trio thread when the flusher has work (`poke`).
 
 Invariant: dirty + writeback <= limit + what each admitted writer dirties in one step.
 """
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -17,11 +22,19 @@ from collections.abc import Callable
 import numpy as np
 import trio
 
+from alloc.atomic import fetch_add
+from alloc.jit import kernel
+
 BACKGROUND_RATIO = 10  # vm.dirty_background_ratio, percent of dirtyable memory
 RATIO = 20  # vm.dirty_ratio
 RATELIMIT_PAGES = 16  # pages dirtied between two looks at the limits (Linux's floor)
 LIMIT_MIN = 32  # pages: a writer can always dirty something when nothing is dirty
-NR_DIRTY, NR_WRITEBACK, NR_DIRTIED, NR_WRITTEN = range(4)  # NR_DIRTIED and NR_WRITTEN only grow
+# words of `counts`; NR_DIRTIED and NR_WRITTEN only grow
+NR_DIRTY, NR_WRITEBACK, NR_DIRTIED, NR_WRITTEN = range(4)
+COUNT_FREERUN = 4  # below it nobody is held back: half-way between background and limit
+COUNT_WAITERS = 5  # writers in line
+COUNT_BACKGROUND = 6  # above it the flusher has work
+NR_COUNTS = 8
 
 
 def thresholds(dirtyable: int, background_ratio: int, ratio: int) -> tuple[int, int]:
@@ -31,6 +44,13 @@ def thresholds(dirtyable: int, background_ratio: int, ratio: int) -> tuple[int, 
     if background >= limit:
         background = limit // 2
     return background, limit
+
+
+@kernel("void(i8[::1], i8, i8, i8, i8)")
+def _move(counts, one, pages, other, more):
+    """Add to two counters."""
+    fetch_add(counts, one, pages)
+    fetch_add(counts, other, more)
 
 
 class Dirty:
@@ -52,7 +72,7 @@ class Dirty:
         self.dirtyable = dirtyable
         self.background_ratio = background_ratio
         self.ratio = ratio
-        self.counts = np.zeros(4, np.int64)
+        self.counts = np.zeros(NR_COUNTS, np.int64)
         self.wake_flusher: Callable[[], None] = lambda: None
         self.throttled = 0  # times a writer had to wait
         self._waiters: deque[tuple[int, trio.Event]] = deque()
@@ -81,6 +101,8 @@ class Dirty:
         self.limit = max(limit, LIMIT_MIN)
         self.background = max(background, LIMIT_MIN // 2)
         self._looked_at = int(self.counts[NR_DIRTIED])
+        self.counts[COUNT_BACKGROUND] = self.background
+        self.counts[COUNT_FREERUN] = (self.background + self.limit) // 2
         assert self.background < self.limit
 
     def over_background(self) -> bool:
@@ -88,11 +110,16 @@ class Dirty:
         self.update()
         return bool(self.counts[NR_DIRTY] > self.background)
 
+    def poke(self) -> None:
+        """Writers in other threads dirtied something: look whether there is work."""
+        if self.over_background():
+            self.wake_flusher()
+
     def dirtied(self, pages: int) -> None:
-        """`pages` became dirty (a kernel that counted them itself calls with 0)."""
+        """`pages` became dirty (0: a kernel has counted them)."""
         counts = self.counts
-        counts[NR_DIRTY] += pages
-        counts[NR_DIRTIED] += pages
+        if pages:
+            _move(counts, NR_DIRTY, pages, NR_DIRTIED, pages)
         if counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
             self.update()
         if counts[NR_DIRTY] > self.background:
@@ -100,20 +127,18 @@ class Dirty:
 
     def start_writeback(self, pages: int) -> None:
         """`pages` dirty pages are on their way to the device."""
-        self.counts[NR_DIRTY] -= pages
-        self.counts[NR_WRITEBACK] += pages
+        _move(self.counts, NR_DIRTY, -pages, NR_WRITEBACK, pages)
         assert self.counts[NR_DIRTY] >= 0
 
     def end_writeback(self, pages: int) -> None:
         """`pages` pages are written (or have failed): writers may go on."""
-        self.counts[NR_WRITEBACK] -= pages
-        self.counts[NR_WRITTEN] += pages
+        _move(self.counts, NR_WRITEBACK, -pages, NR_WRITTEN, pages)
         assert self.counts[NR_WRITEBACK] >= 0
         self.admit()
 
     def cancelled(self, pages: int) -> None:
         """`pages` dirty pages were thrown away by a truncation."""
-        self.counts[NR_DIRTY] -= pages
+        _move(self.counts, NR_DIRTY, -pages, NR_DIRTIED, 0)
         assert self.counts[NR_DIRTY] >= 0
         self.admit()
 
@@ -136,12 +161,14 @@ class Dirty:
         self.throttled += 1
         waiter = (pages, trio.Event())
         self._waiters.append(waiter)
+        self.counts[COUNT_WAITERS] = len(self._waiters)
         self.wake_flusher()
         try:
             await self._wait_dirty_limit(waiter[1])
         except BaseException:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+                self.counts[COUNT_WAITERS] = len(self._waiters)
             else:
                 self.admit()
             raise
@@ -160,3 +187,4 @@ class Dirty:
             pages, event = self._waiters.popleft()
             busy += pages
             event.set()
+        self.counts[COUNT_WAITERS] = len(self._waiters)

@@ -6,8 +6,11 @@ clean. `sync` runs in its caller's task and takes each mapping once, so that a b
 keep it for ever.
 
 The list of dirty mappings is threaded through their state records, oldest first; stamps never
-repeat. The flusher's task runs with access to the memory reserve and outside the filesystem's
-reclaim (NOFS, MEMALLOC): cleaning memory never waits for memory to be cleaned.
+repeat. It is the trio thread's; a mapping's LISTED flag, which writers in other threads go by, is
+set before it joins and cleared, with the last look at its dirty counts, before it leaves.
+
+The flusher's task runs with access to the memory reserve and outside the filesystem's reclaim
+(NOFS, MEMALLOC): cleaning memory never waits for memory to be cleaned.
 """
 
 from __future__ import annotations
@@ -61,22 +64,19 @@ class Flusher:
     # -- the list -------------------------------------------------------------------------------
 
     def enlist(self, handle: int) -> None:
-        """A mapping became dirty. Cheap when it is on the list."""
+        """A mapping became dirty, or is about to be. Cheap when it is on the list."""
         state = self._mappings.state(handle)
-        if state["flags"] & LISTED:
+        if state["flags"] & LISTED or not self._mappings.enlist(handle):
             return
-        state["flags"] |= LISTED
         state["synced"] = self._syncs
         self.nr_listed += 1
         self._append(handle, state)
 
     def settle(self, handle: int) -> None:
         """Take a mapping off the list if nothing in it is dirty any more."""
-        state = self._mappings.state(handle)
-        if state["flags"] & LISTED and not state["ndirty"] and not state["flags"] & INODE_DIRTY:
-            state["flags"] &= ~LISTED & 0xFFFF
+        if self._mappings.unlist(handle):
             self.nr_listed -= 1
-            self._unlink(state)
+            self._unlink(self._mappings.state(handle))
 
     def _append(self, handle: int, state: Any) -> None:
         now = int(trio.current_time() * 1e9)

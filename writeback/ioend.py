@@ -25,7 +25,7 @@ class Ioend:
         self.handle = 0
         self.folios = np.zeros(FOLIOS_MAX, np.int64)  # pfns
         self.runs = np.zeros((RUNS_MAX, 2), np.int64)  # (first block, blocks) in the file
-        self.meta = np.zeros(4, np.int64)  # folios, runs, pages, next page index
+        self.meta = np.zeros(5, np.int64)  # folios, runs, pages, next page index, size
         self.error = 0
 
     @property
@@ -44,6 +44,11 @@ class Ioend:
     def next_index(self) -> int:
         """Where to go on gathering."""
         return int(self.meta[3])
+
+    @property
+    def size(self) -> int:
+        """The object's size when its content was taken: what lies below is in the folios."""
+        return int(self.meta[4])
 
     def ranges(self) -> list[tuple[int, int]]:
         """The dirty runs, (first block, blocks) each, ascending and apart."""

@@ -3,11 +3,14 @@
 A mapping is the cached content of one object (of an inode, says the filesystem, but that is not
 known here). Its dirty pages are counted and listed here and written by its owner, who implements
 `Mappings`. The state (`STATE`) lies in the owner's record of the object, in the arena; a zeroed
-state is that of a clean mapping. Fields change only between awaits, on the trio thread.
+state is that of a clean mapping. Counts and flags may be changed by the owner's writers in other
+threads, under a lock of the owner's, so the flusher only reads them and asks the owner to change
+them; all other fields are the flusher's and change between awaits, on the trio thread.
 
 A mapping that has dirty pages, pages under write-back or something else to write (`INODE_DIRTY`)
-is on the flusher's list. The list holds no reference: the owner keeps the record until the
-mapping is clean, or takes it off the list when its content is thrown away.
+is on the flusher's list, and LISTED. Writers in other threads dirty only what is LISTED already,
+so nothing becomes dirty that the flusher does not know of. The list holds no reference: the owner
+keeps the record until the mapping is clean, or takes it off when its content is thrown away.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ STATE = np.dtype(
         ("dirtied_when", "<u8"),  # ns of trio's clock, when it joined the list
         ("ndirty", "<u4"),  # pages, whole folios counted
         ("nrwriteback", "<u4"),  # pages on their way to the device
-        ("error", "<u2"),  # errno of a failed write that no fsync has told yet
-        ("flags", "<u2"),
+        ("error", "<u4"),  # errno of a failed write that no fsync has told yet
+        ("flags", "<u4"),  # LISTED, INODE_DIRTY
         ("synced", "<u4"),  # number of the last sync that has looked at it
+        ("pad0", "<u4"),
     ]
 )
-assert STATE.itemsize == 32
+assert STATE.itemsize == 40
 
 LISTED = 1  # on the dirty list
 INODE_DIRTY = 2  # the object itself (time stamps) has to be written too
@@ -38,7 +42,13 @@ class Mappings(Protocol):
     """The owner of all mappings, as the flusher sees it."""
 
     def state(self, handle: int) -> Any:
-        """The STATE record of a mapping: a structured view, written in place."""
+        """The STATE record of a mapping: a structured view, whose list fields may be written."""
+
+    def enlist(self, handle: int) -> bool:
+        """Set LISTED; whether it was not set before."""
+
+    def unlist(self, handle: int) -> bool:
+        """Clear LISTED if nothing is dirty, in one step; whether it was cleared."""
 
     def hold(self, handle: int) -> None:
         """Keep the object while the flusher works on it."""

@@ -9,7 +9,9 @@ page; kernels loop over units and take blocks by number in the file.
 
 A write may be copied into a block that is DIRTY, RESERVED, MAPPED or PENDING, and UPTODATE if the
 write does not cover all of it. A DIRTY block stays RESERVED or PENDING until its write-back is
-done. Bits change under the mapping's spin lock; kernels here take it.
+done. Bits change under the mapping's spin lock; kernels here take it. So do the size and the time
+stamps that a write changes (`note_write`): a lane changes them in the section of the lock in which
+it copies, so that write-back finds with each dirty block the size that covers it.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -24,9 +26,19 @@ from alloc.jit import helper, kernel
 from alloc.libc import memcmp, memcpy, memset
 from alloc.page import ACTIVE, DIRTY, LOCKED, LRU, REFERENCED
 from fs.cache import radix
-from fs.cache.mapping import W_NDIRTY
-from fs.cache.radix import R_LOCK, find_entry, set_tag
+from fs.cache.incore import (
+    I4_MAPPING,
+    I8_CHANGECOUNT,
+    I8_CTIME,
+    I8_MTIME,
+    I8_SIZE,
+    INODE_LONGS,
+    INODE_WORDS,
+)
+from fs.cache.mapping import W_FLAGS, W_NDIRTY
+from fs.cache.radix import R_LOCK, clear_tag, find_entry, set_tag
 from writeback.dirty import NR_DIRTIED, NR_DIRTY
+from writeback.mapping import INODE_DIRTY
 
 UPTODATE = 1 << 0
 DIRTY_BLOCK = 1 << 4
@@ -85,7 +97,7 @@ def _writable(blocks, pfn, base, block_log, at, stop):
 
 
 @helper
-def _readable(blocks, pfn, base, block_log, at, stop):
+def readable(blocks, pfn, base, block_log, at, stop):
     """How far [at, stop) is up to date."""
     block = at >> block_log
     while block << block_log < stop:
@@ -118,6 +130,70 @@ def dirty_folio(m4, m8, flags, orders, indices, counts, root, pfn):
     return pages
 
 
+@helper
+def copy_ready(
+    m4, m8, mem, flags, orders, indices, blocks, counts, root, block_log, pos, end, data, start,
+    out,
+):  # fmt: skip
+    """Under the lock: `copy_in`'s work, from data[start:] to [pos, end); the position reached."""
+    at = pos
+    out[0] = 0
+    out[1] = 0
+    while at < end:
+        pfn = find_entry(m4, root, at >> 12)
+        if pfn == 0 or flags[pfn] & LOCKED != 0:
+            break
+        base = indices[pfn] << 12
+        stop = min(end, base + (4096 << np.int64(orders[pfn])))
+        ready = _writable(blocks, pfn, base, block_log, at, stop)
+        if ready == at:
+            break
+        memcpy(mem, (pfn << 12) + at - base, data, start + at - pos, ready - at)
+        first = at >> block_log
+        last = ((ready - 1) >> block_log) + 1
+        change_bits(blocks, pfn, base, block_log, first, last, UPTODATE | DIRTY_BLOCK, 0)
+        out[0] += dirty_folio(m4, m8, flags, orders, indices, counts, root, pfn)
+        _touch(flags, pfn, out)
+        at = ready
+        if ready < stop:
+            break
+    return at
+
+
+@helper
+def undirty_folio(m4, m8, flags, orders, indices, counts, root, pfn):
+    """Under the lock: a folio without dirty blocks is clean, unwritten or written."""
+    if flags[pfn] & DIRTY == 0:
+        return
+    pages = np.int64(1) << np.int64(orders[pfn])
+    fetch_and(flags, pfn, 0xFFFFFFFF ^ DIRTY)
+    clear_tag(m4, m8, orders, root, indices[pfn], radix.DIRTY)
+    clear_tag(m4, m8, orders, root, indices[pfn], radix.TOWRITE)
+    m4[root + W_NDIRTY] -= pages
+    fetch_add(counts, NR_DIRTY, -pages)
+
+
+@helper
+def note_write(m4, s8, handle, end, now):
+    """Under the lock: a file was written up to byte `end`, at `now` (an XFS stamp)."""
+    longs = handle * INODE_LONGS
+    if end > s8[longs + I8_SIZE]:
+        s8[longs + I8_SIZE] = end
+    s8[longs + I8_MTIME] = now
+    s8[longs + I8_CTIME] = now
+    s8[longs + I8_CHANGECOUNT] += 1
+    m4[handle * INODE_WORDS + I4_MAPPING + W_FLAGS] |= np.uint32(INODE_DIRTY)
+
+
+@kernel("void(u4[::1], i8[::1], i8, i8, i8)")
+def written(m4, s8, handle, end, now):
+    """Size, stamps and INODE_DIRTY of a write."""
+    root = handle * INODE_WORDS + I4_MAPPING
+    spin_lock(m4, root + R_LOCK)
+    note_write(m4, s8, handle, end, now)
+    spin_unlock(m4, root + R_LOCK)
+
+
 @kernel(
     lambda: (
         types.uint32[::1],
@@ -143,29 +219,11 @@ def copy_in(
     Returns bytes copied, which are dirty then. out[0]: pages that became dirty, out[1]: a folio
     to activate, or 0.
     """
-    at = pos
-    end = pos + length
-    out[0] = 0
-    out[1] = 0
     spin_lock(m4, root + R_LOCK)
-    while at < end:
-        pfn = find_entry(m4, root, at >> 12)
-        if pfn == 0 or flags[pfn] & LOCKED != 0:
-            break
-        base = indices[pfn] << 12
-        stop = min(end, base + (4096 << np.int64(orders[pfn])))
-        ready = _writable(blocks, pfn, base, block_log, at, stop)
-        if ready == at:
-            break
-        memcpy(mem, (pfn << 12) + at - base, data, start + at - pos, ready - at)
-        first = at >> block_log
-        last = ((ready - 1) >> block_log) + 1
-        change_bits(blocks, pfn, base, block_log, first, last, UPTODATE | DIRTY_BLOCK, 0)
-        out[0] += dirty_folio(m4, m8, flags, orders, indices, counts, root, pfn)
-        _touch(flags, pfn, out)
-        at = ready
-        if ready < stop:
-            break
+    at = copy_ready(
+        m4, m8, mem, flags, orders, indices, blocks, counts, root, block_log, pos, pos + length,
+        data, start, out,
+    )  # fmt: skip
     spin_unlock(m4, root + R_LOCK)
     return at - pos
 
@@ -190,7 +248,7 @@ def copy_out(
             break
         base = indices[pfn] << 12
         stop = min(end, base + (4096 << np.int64(orders[pfn])))
-        ready = _readable(blocks, pfn, base, block_log, at, stop)
+        ready = readable(blocks, pfn, base, block_log, at, stop)
         memcpy(target, start + at - pos, mem, (pfn << 12) + at - base, ready - at)
         if ready > at:
             _touch(flags, pfn, out)
@@ -212,7 +270,7 @@ def locate(m4, flags, orders, indices, blocks, root, block_log, pos, length, out
         base = indices[pfn] << 12
         end = pos + length
         inside = end <= base + (4096 << np.int64(orders[pfn]))
-        if inside and _readable(blocks, pfn, base, block_log, pos, end) == end:
+        if inside and readable(blocks, pfn, base, block_log, pos, end) == end:
             address = (pfn << 12) + pos - base
             _touch(flags, pfn, out)
     spin_unlock(m4, root + R_LOCK)
@@ -288,16 +346,22 @@ def is_zero(mem, addr, length):
     return np.int64(memcmp(mem, addr, mem, addr + 1, length - 1) == 0)
 
 
-@kernel("void(u4[::1], u1[::1], u4[::1], u1[::1], u4[::1], i8, i8, i8, i8, i8, i8, i8[::1])")
-def cut(m4, mem, flags, orders, blocks, root, pfn, base, block_log, start, end, out):
+@kernel(
+    "void(u4[::1], u8[::1], u1[::1], u4[::1], u1[::1], i8[::1], u4[::1], i8[::1], i8, i8, i8,"
+    " i8, i8, i8[::1])"
+)
+def cut(
+    m4, m8, mem, flags, orders, indices, blocks, counts, root, pfn, block_log, start, end, out
+):
     """Throw away bytes [start, end) of a folio: zero them and forget the blocks wholly inside.
 
-    out[0]: RESERVED blocks forgotten, out[1]: PENDING ones, out[2]: DIRTY blocks left.
+    A folio without dirty blocks is clean then. out[0]: RESERVED blocks forgotten, out[1]: PENDING.
     """
     out[0] = 0
     out[1] = 0
-    out[2] = 0
+    dirty = 0
     spin_lock(m4, root + R_LOCK)
+    base = indices[pfn] << 12
     memset(mem, (pfn << 12) + start - base, 0, end - start)
     first = (start + (1 << block_log) - 1) >> block_log
     last = end >> block_log
@@ -309,7 +373,9 @@ def cut(m4, mem, flags, orders, blocks, root, pfn, base, block_log, start, end, 
     whole = (4096 << np.int64(orders[pfn])) >> block_log
     for block in range(base >> block_log, (base >> block_log) + whole):
         if block_bits(blocks, pfn, base, block_log, block) & DIRTY_BLOCK != 0:
-            out[2] += 1
+            dirty += 1
+    if dirty == 0:
+        undirty_folio(m4, m8, flags, orders, indices, counts, root, pfn)
     spin_unlock(m4, root + R_LOCK)
 
 

@@ -62,7 +62,7 @@ BUF = np.dtype(
 )
 assert BUF.itemsize == 64
 
-F_VALID, F_DIRTY, F_WRITING, F_STALE, F_REFERENCED = 1, 2, 4, 8, 16
+F_VALID, F_DIRTY, F_WRITING, F_STALE, F_REFERENCED, F_PIECES = 1, 2, 4, 8, 16, 32
 
 # Words of the cache's head array.
 H_LRU, H_DIRTY = 0, 2  # two words each: first and last
@@ -93,13 +93,10 @@ class Buf:
     __slots__ = ("_cache", "addr", "daddr", "handle", "mem", "size")
 
     def __init__(self, cache: BufCache, handle: int) -> None:
-        record = cache.table[handle]
         self._cache = cache
         self.handle = handle
         self.mem: np.ndarray[Any, np.dtype[np.uint8]] = cache.mem
-        self.addr = int(record["addr"])
-        self.size = int(record["size"])
-        self.daddr = int(record["daddr"])
+        self.addr, self.size, self.daddr = _identity(cache.table, handle)
 
     @property
     def bbs(self) -> int:
@@ -138,6 +135,21 @@ def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
 _BUCKETS = np.zeros(1, np.uint32)
 
 
+@kernel(lambda: (np.zeros(1, BUF), 1))
+def _identity(t, h):
+    """What a view of a buffer knows of it: address, size and daddr."""
+    return np.int64(t["addr"][h]), np.int64(t["size"][h]), np.int64(t["daddr"][h])
+
+
+@kernel(lambda: (np.zeros(1, BUF), 1))
+def _release(t, h):
+    """Drop a hold: 1 if the buffer is to be freed, 0, or -1 if nobody held it."""
+    if t["hold"][h] == 0:
+        return -1
+    t["hold"][h] -= np.uint32(1)
+    return 1 if t["hold"][h] == 0 and t["flags"][h] & (F_STALE | F_WRITING) == F_STALE else 0
+
+
 @kernel(_table_args(_BUCKETS, 1))
 def _hold(t, head, buckets, daddr):
     """Find a valid buffer and hold it; 0 if there is none, -1 if its read is under way."""
@@ -166,7 +178,8 @@ def _remove(t, head, buckets, h):
 
 
 @kernel(_table_args(1))
-def _mark_dirty(t, head, h):
+def mark_dirty(t, head, h):
+    """Put a buffer on the dirty list."""
     if not t["flags"][h] & F_DIRTY:
         t["flags"][h] |= F_DIRTY
         list_append(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
@@ -234,6 +247,7 @@ class BufCache:
         self._slab = arena.slab("xfs_buf", BUF)
         self.table = self._slab.table
         self.flags = self.table["flags"]
+        self._record_ops, self._owners = self.table["ops"], self.table["owner"]
         self._small = {
             size: arena.slab(f"xfs_buf-{size}", np.dtype([("bytes", "u1", (size,))]))
             for size in (512, 1024, 2048)
@@ -263,14 +277,23 @@ class BufCache:
     # -- lookup ---------------------------------------------------------------------------------
 
     def ops_of(self, handle: int) -> BufOps:
-        return self._ops[int(self.table["ops"][handle])]
+        return self._ops[self._record_ops[handle]]
 
-    def set_ops(self, handle: int, ops: BufOps) -> None:
+    def number_of(self, ops: BufOps) -> int:
+        """What buffers of this kind have in their record."""
         index = self._ops_index.get(id(ops))
         if index is None:
             index = self._ops_index[id(ops)] = len(self._ops)
             self._ops.append(ops)
-        self.table["ops"][handle] = index
+        return index
+
+    def set_ops(self, handle: int, ops: BufOps) -> None:
+        self._record_ops[handle] = self.number_of(ops)
+
+    @property
+    def words(self) -> tuple[Any, Any, Any]:
+        """Records, head and hash, for kernels of other modules."""
+        return self.table, self._head, self._buckets
 
     async def read(
         self, daddr: int, bbs: int, ops: BufOps, owner: int | None = None, runs: Runs = ()
@@ -304,11 +327,11 @@ class BufCache:
             fault = f"used with {bbs} and {buf.bbs} basic blocks"
         elif self._runs.get(buf.handle, ()) != runs:
             fault = "used with different parts"
-        elif buf.ops is not ops or self.table["owner"][buf.handle] != (owner or 0):
+        elif buf.ops is not ops or self._owners[buf.handle] != (owner or 0):
             fault = ops.verify(self._geo, buf, owner)
             if not fault:
                 buf.ops = ops
-                self.table["owner"][buf.handle] = owner or 0
+                self._owners[buf.handle] = owner or 0
         if fault:
             self.release(buf.handle)
             raise self._corrupt(ops, buf.daddr, fault)
@@ -339,7 +362,7 @@ class BufCache:
             fault = fault or ops.verify(self._geo, buf, owner)
             if fault:
                 raise self._corrupt(ops, daddr, fault)
-            self.table["owner"][handle] = owner or 0
+            self._owners[handle] = owner or 0
             self.flags[handle] |= F_VALID
             return buf
         except BaseException:
@@ -350,8 +373,13 @@ class BufCache:
             del self._reads[daddr]
             done.set()
 
-    async def get(self, daddr: int, bbs: int, ops: BufOps, runs: Runs = ()) -> Buf:
-        """Hold a buffer for a newly allocated block: zeroed, not read. `runs` as in `read`."""
+    async def get(
+        self, daddr: int, bbs: int, ops: BufOps, owner: int = 0, runs: Runs = ()
+    ) -> Buf:
+        """Hold a buffer for a newly allocated block: zeroed, not read. `runs` as in `read`.
+
+        `owner` is who the caller makes the block say it belongs to.
+        """
         while True:
             handle = _hold(self.table, self._head, self._buckets, daddr)
             under_way = self._reads.get(daddr)
@@ -372,15 +400,16 @@ class BufCache:
                 buf = Buf(self, handle)
             buf.data[:] = 0
             buf.ops = ops
-            self.table["owner"][handle] = 0
+            self._owners[handle] = owner
             return buf
 
     def _set_runs(self, handle: int, runs: Runs) -> None:
         if runs:
             assert runs[0][0] == int(self.table["daddr"][handle])
             self._runs[handle] = runs
-        else:
-            self._runs.pop(handle, None)
+            self.flags[handle] |= F_PIECES
+        elif self._runs.pop(handle, None):
+            self.flags[handle] &= ~np.uint32(F_PIECES)
 
     async def _new(self, daddr: int, size: int, ops: BufOps, runs: Runs) -> int:
         """A descriptor with data memory, held once, not yet findable."""
@@ -407,17 +436,16 @@ class BufCache:
 
     def release(self, handle: int) -> None:
         """Drop one hold."""
-        record = self.table[handle]
-        assert record["hold"] > 0
-        record["hold"] -= 1
-        if record["flags"] & F_STALE and not record["hold"] and not record["flags"] & F_WRITING:
+        code = _release(self.table, handle)
+        assert code >= 0
+        if code:
             self._free(handle)
 
     def mark_dirty(self, handle: int) -> None:
         """The buffer was modified."""
         assert self.flags[handle] & F_VALID
         assert not self.flags[handle] & F_STALE
-        _mark_dirty(self.table, self._head, handle)
+        mark_dirty(self.table, self._head, handle)
 
     def invalidate(self, handle: int) -> None:
         """The block was freed: forget it without writing. The caller holds it."""
@@ -526,7 +554,7 @@ class BufCache:
         except BaseException:
             for handle in run:
                 if not self.flags[handle] & F_STALE:
-                    _mark_dirty(self.table, self._head, handle)
+                    mark_dirty(self.table, self._head, handle)
             raise
         finally:
             done.set()

@@ -10,9 +10,13 @@ Invariants: every record is on one hash chain and on the LRU list; at most one p
 Coherence: entries are made under the directory's ILOCK (shared is enough) and changed or dropped
 by whoever changes the directory, before it gives its exclusive ILOCK back.
 
-Locking: trio thread only; nothing here awaits after `start`. An insertion that would need memory
-at once does without (NOWAIT): the cache is an optimisation, so it never makes anybody wait.
+Locking: the trio thread changes everything, and nothing here awaits after `start`. Lanes look names
+up by RCU (`find_name`): key and name of a hashed record never change, its ino changes in one
+store, and its memory is given back after a grace period. An insertion that would need memory at
+once does without (NOWAIT): the cache is an optimisation, so it never makes anybody wait.
 """
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -24,7 +28,11 @@ import trio
 
 from alloc import gfp
 from alloc.arena import Arena
+from alloc.atomic import load_acquire, store_release
+from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper, kernel
+from alloc.page import Slabs
+from alloc.slab import object_alloc
 from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove
 from fs.xfs.danode import hash_bytes
 from fs.xfs.dirdata import same_name
@@ -45,14 +53,30 @@ DENTRY = np.dtype(
         ("lru_next", "u4"),
         ("namelen", "u1"),
         ("ftype", "u1"),
-        ("flags", "u2"),
+        ("flags", "u1"),  # only F_REFERENCED, which lanes set, too
+        ("pad", "u1"),
         ("name", "u1", (88,)),
     ]
 )
 SIZE = DENTRY.itemsize
 assert SIZE == 128
-NAME_AT = 40
 NAME_MAX = 88
+
+
+def _at(name: str, size: int = 1) -> int:
+    """Where a field is, in words of `size` bytes from the start of the record."""
+    assert DENTRY.fields is not None
+    offset = int(DENTRY.fields[name][1])
+    assert offset % size == 0, name
+    return offset // size
+
+
+NAME_AT = _at("name")
+# The record's words as find_name reads them.
+DENTRY_WORDS, DENTRY_LONGS = SIZE // 4, SIZE // 8
+NAMELEN_AT, FLAGS_AT = _at("namelen"), _at("flags")
+I8_PARENT, I8_INO = _at("parent", 8), _at("ino", 8)
+I4_GEN, I4_HASH, I4_HASH_NEXT = _at("gen", 4), _at("hash", 4), _at("hash_next", 4)
 
 F_REFERENCED = 1
 
@@ -69,11 +93,49 @@ def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
 
 
 @helper
-def _hash(parent, gen, name):
-    """32 bits over the key: the directory's name hash, spread by the parent."""
+def _key(parent, gen, name_hash):
+    """31 bits over the key: the directory's name hash, spread by the parent."""
     seed = np.uint64(parent) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(gen)
-    mixed = (np.uint64(hash_bytes(name, 0, len(name))) ^ seed) * np.uint64(0xD6E8FEB86659FD93)
+    mixed = (np.uint64(name_hash) ^ seed) * np.uint64(0xD6E8FEB86659FD93)
     return np.int64(mixed >> np.uint64(33))
+
+
+@helper
+def _hash(parent, gen, name):
+    return _key(parent, gen, hash_bytes(name, 0, len(name)))
+
+
+@helper
+def _is(mem, m4, s8, h, parent, gen, name_addr, name_len):
+    """Is record h the entry of the name at mem[name_addr:]?"""
+    if s8[h * DENTRY_LONGS + I8_PARENT] != parent or np.int64(m4[h * DENTRY_WORDS + I4_GEN]) != gen:
+        return False
+    if np.int64(mem[h * SIZE + NAMELEN_AT]) != name_len:
+        return False
+    at = h * SIZE + NAME_AT
+    i = 0
+    while i < name_len and mem[at + i] == mem[name_addr + i]:
+        i += 1
+    return i == name_len
+
+
+@helper
+def find_name(mem, m4, s8, buckets, parent, gen, name_addr, name_len):
+    """(1, ino) of the name at mem[name_addr:], (0, 0) if nothing is known; ino 0: there is none.
+
+    For lanes, in an RCU section. What it says was true at some moment in the call; a caller who
+    has locked the inode since may call it again to learn whether it still is.
+    """
+    key = _key(parent, gen, hash_bytes(mem, name_addr, name_len))
+    h = np.int64(load_acquire(buckets, bucket_of(buckets, key)))
+    while h != 0:
+        same_key = np.int64(m4[h * DENTRY_WORDS + I4_HASH]) == key
+        if same_key and _is(mem, m4, s8, h, parent, gen, name_addr, name_len):
+            if mem[h * SIZE + FLAGS_AT] == 0:
+                mem[h * SIZE + FLAGS_AT] = F_REFERENCED
+            return np.int64(1), np.int64(load_acquire(s8, h * DENTRY_LONGS + I8_INO))
+        h = np.int64(load_acquire(m4, h * DENTRY_WORDS + I4_HASH_NEXT))
+    return np.int64(0), np.int64(0)
 
 
 @helper
@@ -109,22 +171,11 @@ def _lookup(mem, t, head, buckets, parent, gen, name):
         head[H_MISSES] += 1
         return np.int64(0), np.int64(0), np.int64(0)
     head[H_HITS] += 1
-    t["flags"][h] |= np.uint16(F_REFERENCED)
+    t["flags"][h] |= np.uint8(F_REFERENCED)
     return np.int64(1), np.int64(t["ino"][h]), np.int64(t["ftype"][h])
 
 
-@kernel(_table_args(1, 1, b"", 1, 1))
-def _update(mem, t, head, buckets, parent, gen, name, ino, ftype):
-    """Change the entry of a name; False if it has none."""
-    h = _find(mem, t, head, buckets, parent, gen, name)
-    if h == 0:
-        return False
-    t["ino"][h] = ino
-    t["ftype"][h] = ftype
-    return True
-
-
-@kernel(_table_args(1, 1, 1, b"", 1, 1))
+@helper
 def _insert(mem, t, head, buckets, h, parent, gen, name, ino, ftype):
     """Fill the fresh record h and enter it."""
     t["parent"][h] = parent
@@ -141,6 +192,34 @@ def _insert(mem, t, head, buckets, h, parent, gen, name, ino, ftype):
     chain_insert(t["hash_next"], buckets, bucket_of(buckets, key), h)
     list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
     head[H_COUNT] += 1
+
+
+@helper
+def remember(mem, t, head, buckets, slabs, cache, parent, gen, name, ino, ftype):
+    """Have the cache say what a name is; if it has no entry, and memory is short, leave it so."""
+    if len(name) > NAME_MAX:
+        return
+    h = _find(mem, t, head, buckets, parent, gen, name)
+    if h != 0:
+        store_release(t["ino"], h, ino)
+        t["ftype"][h] = ftype
+        return
+    h = object_alloc(slabs, mem, cache, RIGHTS_LOW)
+    if h != WOULD_BLOCK:
+        _insert(mem, t, head, buckets, abs(h), parent, gen, name, ino, ftype)
+
+
+def _slabs() -> Slabs:
+    """Sample values of an arena's slabs."""
+    u4, u8 = np.zeros(1, np.uint32), np.zeros(1, np.uint64)
+    pages = np.zeros(1, np.uint8), np.zeros(1, np.int32)
+    return Slabs(np.zeros(1, np.int64), u4, *pages, u4, u4, u4, u8, u8)
+
+
+@kernel(_table_args(_slabs(), 1, 1, 1, b"", 1, 1))
+def _remember(mem, t, head, buckets, slabs, cache, parent, gen, name, ino, ftype):
+    """`remember` for Python."""
+    remember(mem, t, head, buckets, slabs, cache, parent, gen, name, ino, ftype)
 
 
 @kernel(_table_args(1, 1, b""))
@@ -164,7 +243,7 @@ def _reclaim(mem, t, head, buckets, out, scan):
             break
         list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
         if t["flags"][h] & F_REFERENCED:
-            t["flags"][h] &= ~np.uint16(F_REFERENCED)
+            t["flags"][h] &= ~np.uint8(F_REFERENCED)
             list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
             continue
         _unhash(t, buckets, h)
@@ -193,8 +272,8 @@ class DentryCache:
         order = min(8, (pages - 1).bit_length())
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
         raw = self._arena.mem[pfn * PAGE_SIZE : pfn * PAGE_SIZE + (PAGE_SIZE << order)]
-        buckets = raw.view(np.uint32)
-        self._state = (self._arena.mem, self._slab.table, self._head, buckets)
+        self.buckets = raw.view(np.uint32)
+        self._state = (self._arena.mem, self._slab.table, self._head, self.buckets)
         self._arena.register_shrinker(self)
 
     def lookup(self, dp: Inode, name: bytes) -> tuple[int, int] | None:
@@ -204,20 +283,24 @@ class DentryCache:
 
     def insert(self, dp: Inode, name: bytes, ino: int, ftype: int) -> None:
         """Remember a name under the directory's ILOCK; ino 0: that it does not exist."""
-        if len(name) > NAME_MAX:
-            return
-        parent, gen = dp.ino, dp.gen
-        if _update(*self._state, parent, gen, name, ino, ftype):
-            return
-        h = self._slab.try_alloc(gfp.NOWAIT | gfp.NORETRY)  # only a cache: it can do without
-        if h is not None:
-            _insert(*self._state, h, parent, gen, name, ino, ftype)
+        where = self._arena.slabs, self._slab.number
+        _remember(*self._state, *where, dp.ino, dp.gen, name, ino, ftype)
+
+    @property
+    def words(self) -> tuple[Any, Any, Any]:
+        """Records, head and hash, for kernels of other modules."""
+        return self._slab.table, self._head, self.buckets
+
+    @property
+    def slab(self) -> int:
+        """Number of the slab cache."""
+        return self._slab.number
 
     def forget(self, dp: Inode, name: bytes) -> None:
         """Know nothing of a name any more."""
         h = int(_remove(*self._state, dp.ino, dp.gen, name))
         if h:
-            self._slab.free(h)
+            self._arena.rcu.defer(self._slab.free, h)
 
     # -- shrinker and figures -------------------------------------------------------------------
 
@@ -231,6 +314,8 @@ class DentryCache:
             batch = min(RECLAIM_BATCH, nr - scanned)
             out = self._found[:batch]
             n = int(_reclaim(*self._state, out, batch))
+            if n:
+                self._arena.rcu.synchronize()
             for h in out[:n].tolist():
                 self._slab.free(h)
             freed, scanned = freed + n, scanned + batch

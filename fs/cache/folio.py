@@ -6,7 +6,11 @@ readers of blocks that are not up to date wait (`wait`). Folios enter the LRU wh
 mapping; reclaim takes those that are clean, unlocked and unused.
 
 Calls without `await` are atomic on the trio thread. An awaiting caller must look its folio up
-again afterwards, unless it holds a reference and the folio LOCKED or under write-back. The class is
+again afterwards, unless it holds a reference and the folio LOCKED or under write-back. Lanes look
+folios up, insert them and dirty them meanwhile, under the mapping's spin lock and the IOLOCK word:
+never in a file whose IOLOCK a task holds exclusively, and only to read where a task holds it
+shared. Only the trio thread locks, removes and evicts folios and waits for them, and the scratch
+arrays here, `hint` and the spare nodes among them, are its own; lanes have others. The class is
 also what the flusher sees of the filesystem (`writeback.mapping.Mappings`).
 """
 
@@ -20,13 +24,14 @@ import trio
 from alloc import gfp
 from alloc.page import LOCKED, WRITEBACK
 from fs import writepages
-from fs.cache import blocks, gather, radix
+from fs.cache import blocks, gather, mapping, radix
 from fs.cache.inode import INODE, Inode
 from fs.xfs import layout as L
 from fs.xfs.extents import REC_BYTES
 from fs.xfs.inode import DATA, levels_max
 from writeback.dirty import Dirty
 from writeback.ioend import PAGES_MAX, Ioend, IoendPool
+from writeback.mapping import LISTED
 
 if TYPE_CHECKING:
     from fs.volume import Volume
@@ -76,6 +81,7 @@ class PageCache:
         self.order_max = max(min(ORDER_MAX, largest), self.order_min)
         self.m4 = arena.mem.view(np.uint32)
         self.m8 = arena.mem.view(np.uint64)
+        self.s8 = arena.mem.view(np.int64)
         self.view = memoryview(arena.mem).cast("B")
         self.pages = arena.pages
         self.maps = vol.inodes.table["mapping"]
@@ -164,8 +170,13 @@ class PageCache:
     def try_add(self, handle: int, index: int, order: int, bits: int = 0) -> int:
         """As `add` for those who can do without: 0 if it would cost more than one light try."""
         order = self._fitting(handle, index, order)
-        if order < 0 or self._nr_spare < PATH_NODES:
+        if order < 0:
             return 0
+        while self._nr_spare < PATH_NODES:
+            node = self.nodes.try_alloc(gfp.NOWAIT)  # readahead can do without, as below
+            if node is None:
+                return 0
+            self._give_node(node)
         # Readahead: a window that ends early costs nothing but a later read.
         pfn = self.arena.try_alloc_folio(order, gfp.NORETRY)
         if pfn is None:
@@ -319,12 +330,9 @@ class PageCache:
         p = self.pages
         root = self.root(int(p.mapping[pfn]))
         out = self.hint
-        args = (p.flags, p.order, p.blocks, root, pfn, self.base(pfn), self.block_log)
-        blocks.cut(self.m4, self.arena.mem, *args, start, end, out)
-        reserved, pending, dirty = (int(x) for x in out[:3])
-        if not dirty:
-            gather.undirty(*self._tagged, self.dirty.counts, root, pfn)
-        return reserved, pending
+        args = (p.flags, p.order, p.index, p.blocks, self.dirty.counts, root, pfn)
+        blocks.cut(self.m4, self.m8, self.arena.mem, *args, self.block_log, start, end, out)
+        return int(out[0]), int(out[1])
 
     def memory(self, handle: int, start: int, end: int) -> list[memoryview]:
         """Where bytes [start, end) of a file lie; the folios are there and stay."""
@@ -374,8 +382,26 @@ class PageCache:
             index = int(radix.tag_towrite(*args, index, last, 4096))
 
     def state(self, handle: int) -> Any:
-        """The mapping's record of an inode: the flusher's state and the block accounting."""
+        """The mapping's record of an inode: the flusher's state and the block accounting.
+
+        For reading; `fs/cache/mapping.py` says which of its words are changed in kernels only.
+        """
         return self.maps[handle]
+
+    def change_flags(self, handle: int, *, add: int = 0, remove: int = 0) -> int:
+        """Change a mapping's flags (LISTED is the flusher's); what they were."""
+        return int(mapping.change_flags(self.m4, self.root(handle), add, remove))
+
+    def enlist(self, handle: int) -> bool:
+        return not self.change_flags(handle, add=LISTED) & LISTED
+
+    def unlist(self, handle: int) -> bool:
+        return bool(mapping.unlist(self.m4, self.root(handle)))
+
+    def note_write(self, ip: Inode, now: int) -> None:
+        """A file was written: time stamps, and the flusher has to log them."""
+        blocks.written(self.m4, self.s8, ip.handle, 0, now)
+        self.vol.flusher.enlist(ip.handle)
 
     def hold(self, handle: int) -> None:
         self.vol.inodes.hold(handle)
@@ -399,11 +425,14 @@ class PageCache:
 
     def busy(self, handle: int) -> bool:
         """Whether an inode's record must stay because of its mapping."""
-        state = self.maps[handle]
-        return bool(state["flags"] or state["ndirty"] or state["nrwriteback"])
+        c = self.columns
+        return bool(c["flags"][handle] or c["ndirty"][handle] or c["nrwriteback"][handle])
 
     def evict(self, handle: int) -> None:
-        """Drop all folios of an inode that is not busy; its record goes next."""
+        """Drop all folios of an inode that is not busy; its record goes next.
+
+        Nobody has the file open, so no lane looks at its folios.
+        """
         assert not self.busy(handle)
         while pfns := self.gang(handle, 0, 1 << 52):
             for pfn in pfns:

@@ -2,8 +2,9 @@
 
 `gather` moves a batch of dirty folios to write-back in one step: tags, flags, block bits, counters
 and a reference each change together, under the mapping's lock and before anything is awaited, so
-a truncation sees a folio either dirty (and may drop it) or under write-back (and waits). `finish`
-is the way back. `evict` is reclaim's: it takes only folios that nobody uses or needs.
+a truncation sees a folio either dirty (and may drop it) or under write-back (and waits). With the
+dirty blocks it takes the file's size: what was written below it is in them. `finish` is the way
+back. `evict` is reclaim's: it takes only folios that nobody uses or needs.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -25,6 +26,7 @@ from alloc.jit import helper, kernel
 from alloc.page import DIRTY, LOCKED, RECLAIM, WRITEBACK
 from fs.cache import radix
 from fs.cache.blocks import DIRTY_BLOCK, block_bits, change_bits
+from fs.cache.incore import I4_MAPPING, I8_SIZE
 from fs.cache.mapping import W_NDIRTY, W_NRWRITEBACK
 from fs.cache.radix import (
     R_LOCK,
@@ -85,22 +87,6 @@ def detach(m4, m8, flags, orders, indices, mapping, counts, root, pfn, freed):
     return n
 
 
-@kernel("i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], i8[::1], i8, i8)")
-def undirty(m4, m8, flags, orders, indices, counts, root, pfn):
-    """A dirty folio has no dirty block left: clean it without a write; pages that became clean."""
-    pages = np.int64(0)
-    spin_lock(m4, root + R_LOCK)
-    if flags[pfn] & DIRTY != 0:
-        pages = np.int64(1) << np.int64(orders[pfn])
-        m4[root + W_NDIRTY] -= pages
-        fetch_add(counts, NR_DIRTY, -pages)
-        fetch_and(flags, pfn, 0xFFFFFFFF ^ DIRTY)
-        clear_tag(m4, m8, orders, root, indices[pfn], radix.DIRTY)
-        clear_tag(m4, m8, orders, root, indices[pfn], radix.TOWRITE)
-    spin_unlock(m4, root + R_LOCK)
-    return pages
-
-
 @helper
 def _dirty_runs(orders, indices, blocks, pfn, block_log, runs, nruns):
     """Append the dirty runs of a folio and clear their bits; the new number of runs."""
@@ -148,15 +134,16 @@ def gather(
 ):  # fmt: skip
     """Move tagged folios from [index, last] to write-back until the batch is full.
 
-    meta: folios, runs, pages, next index. Returns 0, or, with `wait`, a folio already under
-    write-back that has to end first (nothing was gathered then). Without `wait` such folios are
-    passed over.
+    meta: folios, runs, pages, next index, the file's size that goes with the content. Returns 0,
+    or, with `wait`, a folio already under write-back that has to end first (nothing was gathered
+    then). Without `wait` such folios are passed over.
     """
     folio_runs = (4096 << 9) >> block_log
     meta[:] = 0
     meta[3] = index
     answer = np.int64(0)
     spin_lock(m4, root + R_LOCK)
+    meta[4] = np.int64(m8[((root - I4_MAPPING) >> 1) + I8_SIZE])
     while meta[0] < folios.size and meta[1] + folio_runs <= runs.shape[0]:
         pfn = next_entry(m4, m8, orders, root, meta[3], last, tag)
         if pfn == 0:
@@ -204,14 +191,17 @@ def finish(m4, m8, flags, orders, indices, counts, root, folios, n, rotate):
     return nrotate
 
 
-@kernel(
-    "i8(u4[::1], u1[::1], i8[::1], u4[::1], i8, i8, i8, i8, i8, i8, i8)"
-)
-def change_range(m4, orders, indices, blocks, root, block_log, first, last, add, remove, count):
-    """Change the bits of cached blocks [first, last); how many had a bit of `count` before."""
+@helper
+def change_cached(
+    m4, orders, indices, blocks, root, block_log, first, last, add, remove, one, other
+):
+    """Under the lock: change the bits of cached blocks [first, last).
+
+    Returns how many had a bit of `one` before, and how many one of `other`.
+    """
     n = np.int64(0)
+    more = np.int64(0)
     block = first
-    spin_lock(m4, root + R_LOCK)
     while block < last:
         pfn = find_entry(m4, root, (block << block_log) >> 12)
         if pfn == 0:
@@ -220,10 +210,23 @@ def change_range(m4, orders, indices, blocks, root, block_log, first, last, add,
         base = indices[pfn] << 12
         end = min(last, (base + (4096 << np.int64(orders[pfn]))) >> block_log)
         while block < end:
-            if block_bits(blocks, pfn, base, block_log, block) & count != 0:
-                n += 1
+            bits = block_bits(blocks, pfn, base, block_log, block)
+            n += 1 if bits & one != 0 else 0
+            more += 1 if bits & other != 0 else 0
             change_bits(blocks, pfn, base, block_log, block, block + 1, add, remove)
             block += 1
+    return n, more
+
+
+@kernel(
+    "i8(u4[::1], u1[::1], i8[::1], u4[::1], i8, i8, i8, i8, i8, i8, i8)"
+)
+def change_range(m4, orders, indices, blocks, root, block_log, first, last, add, remove, count):
+    """Change the bits of cached blocks [first, last); how many had a bit of `count` before."""
+    spin_lock(m4, root + R_LOCK)
+    n, _ = change_cached(
+        m4, orders, indices, blocks, root, block_log, first, last, add, remove, count, 0
+    )
     spin_unlock(m4, root + R_LOCK)
     return n
 

@@ -1,10 +1,22 @@
-"""Sleeping locks of in-core objects, kept only while somebody holds or wants one.
+"""Sleeping locks of in-core objects: the state in a word that lanes share, the queue in Python.
 
-A table maps a handle to its lock state and forgets it at the last release, so the table's size is
-bounded by the number of running requests, not by the number of inodes. Shared or exclusive, first
-come first served: a waiting writer holds later readers back, so nobody starves. All of it runs on
-the trio thread; between awaits it is atomic.
+The word: 0 free, n shared holders, EXCLUSIVE, and WAITED besides while trio tasks stand in line.
+Lanes only try, and fail while the line is not empty; so tasks are served first come, first served,
+and a waiting writer holds back later readers of either kind. Who holds a lock is not recorded: a
+lane may take it and a task release it. Queues exist only while somebody waits.
+
+No wake-up is lost. Only the trio thread changes WAITED. A task joins the line, then one atomic
+step (`grant`) either takes the lock or leaves WAITED in a word that is held. The holder's release
+comes after that step in the word's order of changes, so it sees WAITED: a task's release serves
+the line itself, a lane's (`unlock`) tells the lane to ring B_LOCKS, and the bell calls `grant_all`.
+A release that leaves other shared holders need not tell: the first in line then wants the lock
+exclusively, or it had been granted. Whoever leaves the line by cancellation serves the rest.
+
+A lane holds a lock for the time of one request and nobody can wait for it on the trio thread
+without leaving the loop, so a task looks at a held word for about a microsecond before it queues.
 """
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -12,75 +24,160 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
+
+from alloc.atomic import compare_exchange, fetch_add, fetch_and, load_acquire
+from alloc.jit import helper, kernel
+
+EXCLUSIVE = 0x40000000
+WAITED = 0x80000000
+SPINS = 400
+PRIVATE_WORDS = 64  # of a table that no record backs
 
 
-class _State:
-    """Who holds a lock and who waits for it."""
+@helper
+def try_lock(m4, word, shared):
+    """Take the lock at m4[word] if it is free, or held shared and wanted shared."""
+    while True:
+        held = np.int64(load_acquire(m4, word))
+        if held >= EXCLUSIVE or (held != 0 and not shared):
+            return False
+        if compare_exchange(m4, word, held, held + 1 if shared else EXCLUSIVE):
+            return True
 
-    __slots__ = ("holders", "waiters")
 
-    def __init__(self) -> None:
-        self.holders = 0  # readers, or -1 for a writer
-        self.waiters: deque[tuple[bool, trio.Event]] = deque()
+@helper
+def unlock(m4, word, shared):
+    """Release a lock that is held; True if it is free now and tasks wait: ring B_LOCKS."""
+    part = np.int64(1 if shared else EXCLUSIVE)
+    return np.int64(fetch_add(m4, word, -part)) - part == WAITED
+
+
+@kernel("b1(u4[::1], i8, b1)")
+def acquire_word(words, i, shared):
+    """try_lock for tasks."""
+    return try_lock(words, i, shared)
+
+
+@kernel("b1(u4[::1], i8, b1)")
+def spin_word(words, i, shared):
+    """Try for a while: a lane may be about to let go."""
+    spins = 0
+    while spins < SPINS and not try_lock(words, i, shared):
+        spins += 1
+    return spins < SPINS
+
+
+@kernel("b1(u4[::1], i8, b1, b1)")
+def grant_word(words, i, shared, more):
+    """Take the lock for the first in line; WAITED stays if that fails or `more` are behind it."""
+    while True:
+        word = np.int64(load_acquire(words, i))
+        held = word & (WAITED - 1)
+        got = held < EXCLUSIVE if shared else held == 0
+        if got:
+            after = (held + 1 if shared else EXCLUSIVE) | (WAITED if more else 0)
+        else:
+            after = word | WAITED
+        if after == word or compare_exchange(words, i, word, after):
+            return got
+
+
+@kernel("i8(u4[::1], i8)")
+def release_word(words, i):
+    """Take one holder off the word, whichever kind it is; what is left, or -1 if none was there."""
+    while True:
+        word = np.int64(load_acquire(words, i))
+        held = word & (WAITED - 1)
+        if held == 0:
+            return np.int64(-1)
+        after = word - (EXCLUSIVE if held == EXCLUSIVE else 1)
+        if compare_exchange(words, i, word, after):
+            return after
+
+
+@kernel("void(u4[::1], i8)")
+def clear_waited(words, i):
+    """Nobody is in line any more."""
+    fetch_and(words, i, WAITED - 1)
+
+
+Ticket = tuple[bool, trio.Event]
 
 
 class LockTable:
-    """Reader-writer locks named by an integer handle."""
+    """Reader-writer locks named by an integer handle, in words[handle * stride + offset]."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        words: NDArray[np.uint32] | None = None,
+        stride: int = 1,
+        offset: int = 0,
+    ) -> None:
         self.name = name
-        self._states: dict[int, _State] = {}
+        self.words = np.zeros(PRIVATE_WORDS, np.uint32) if words is None else words
+        self._stride = stride
+        self._offset = offset
+        self._queues: dict[int, deque[Ticket]] = {}
 
     def held(self, handle: int) -> bool:
         """Does anybody hold the lock of this handle?"""
-        return handle in self._states
+        return bool(int(self.words[handle * self._stride + self._offset]) & (WAITED - 1))
 
     def try_acquire(self, handle: int, shared: bool) -> bool:
         """Take the lock if that needs no waiting."""
-        state = self._states.get(handle)
-        if state is None:
-            state = self._states[handle] = _State()
-        elif state.waiters or state.holders < 0 or not shared:
-            return False
-        state.holders = state.holders + 1 if shared else -1
-        return True
+        return bool(acquire_word(self.words, handle * self._stride + self._offset, shared))
 
     async def acquire(self, handle: int, shared: bool) -> None:
         """Take the lock, waiting in line."""
-        if self.try_acquire(handle, shared):
+        i = handle * self._stride + self._offset
+        if acquire_word(self.words, i, shared):
             return
-        granted = trio.Event()
-        state = self._states[handle]
-        ticket = (shared, granted)
-        state.waiters.append(ticket)
+        queue = self._queues.get(handle)
+        if queue is None:
+            if spin_word(self.words, i, shared):
+                return
+            queue = self._queues[handle] = deque()
+        ticket = (shared, trio.Event())
+        queue.append(ticket)
+        self._serve(handle, queue)
         try:
-            await granted.wait()
+            await ticket[1].wait()
         except BaseException:
-            if granted.is_set():
+            if ticket[1].is_set():
                 self.release(handle)
             else:
-                state.waiters.remove(ticket)
-                self._grant(handle, state)
+                queue.remove(ticket)
+                if not queue:
+                    clear_waited(self.words, i)
+                self._serve(handle, queue)
             raise
 
     def release(self, handle: int) -> None:
-        """Give the lock back and hand it to whoever is next."""
-        state = self._states[handle]
-        assert state.holders != 0
-        state.holders = 0 if state.holders < 0 else state.holders - 1
-        self._grant(handle, state)
+        """Give the lock back, held either way, and hand it to whoever is next."""
+        left = release_word(self.words, handle * self._stride + self._offset)
+        assert left >= 0, f"{self.name} of {handle} is not held"
+        if left == WAITED:
+            self._serve(handle, self._queues[handle])
 
-    def _grant(self, handle: int, state: _State) -> None:
-        while state.waiters:
-            shared, granted = state.waiters[0]
-            if state.holders < 0 or (state.holders > 0 and not shared):
-                break
-            state.holders = state.holders + 1 if shared else -1
-            state.waiters.popleft()
+    def grant_all(self) -> None:
+        """Serve every line: lanes have released locks."""
+        for handle, queue in list(self._queues.items()):
+            self._serve(handle, queue)
+
+    def _serve(self, handle: int, queue: deque[Ticket]) -> None:
+        """Grant to the head of a line as far as the lock goes."""
+        i = handle * self._stride + self._offset
+        while queue:
+            shared, granted = queue[0]
+            if not grant_word(self.words, i, shared, len(queue) > 1):
+                return
+            queue.popleft()
             granted.set()
-        if state.holders == 0 and not state.waiters:
-            self._states.pop(handle, None)
+        del self._queues[handle]
 
     @asynccontextmanager
     async def locked(self, handle: int, shared: bool) -> AsyncIterator[None]:
@@ -93,4 +190,4 @@ class LockTable:
 
     def waiting(self) -> int:
         """Number of tasks in line, for reports."""
-        return sum(len(state.waiters) for state in self._states.values())
+        return sum(len(queue) for queue in self._queues.values())

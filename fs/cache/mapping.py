@@ -2,16 +2,24 @@
 
 The radix root comes first, then what writeback keeps (its STATE), then the space accounting of
 dirty blocks and the readahead window. Kernels address it by the index of its first 32-bit word
-in the arena, its `root`; Python reads it as a structured view. Counters of dirty blocks change
-only on the trio thread, between awaits.
+in the arena, its `root`; Python reads it as a structured view.
+
+Lanes change `ndirty`, `nrwriteback`, `flags`, `delalloc`, `pending` and `indirect`, too, so these
+change in kernels only, under the mapping's spin lock (R_LOCK); one of them alone may be read
+without it. The dirty list, `error`, `synced`, the readahead window and `map_seq` (under the ILOCK,
+exclusively) are the trio thread's; lanes may read map_seq.
 """
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
 import numpy as np
 
-from fs.cache.radix import ROOT
-from writeback.mapping import STATE
+from alloc.atomic import spin_lock, spin_unlock
+from alloc.jit import kernel
+from fs.cache.radix import R_LOCK, ROOT
+from writeback.mapping import INODE_DIRTY, LISTED, STATE
 
 SPACE = np.dtype(
     [
@@ -26,7 +34,7 @@ SPACE = np.dtype(
 )
 MAPPING = np.dtype(
     [(name, d[name]) for d in (ROOT, STATE, SPACE) for name in (d.names or ())]
-    + [("pad", "u1", (16,))]
+    + [("pad", "u1", (8,))]
 )
 assert MAPPING.itemsize == 96
 
@@ -39,3 +47,35 @@ def _word(name: str) -> int:
 
 W_NDIRTY = _word("ndirty")
 W_NRWRITEBACK = _word("nrwriteback")
+W_ERROR = _word("error")
+W_FLAGS = _word("flags")
+W_DELALLOC = _word("delalloc")
+W_PENDING = _word("pending")
+W_INDIRECT = _word("indirect")
+W_MAP_SEQ = _word("map_seq")
+
+
+@kernel("i8(u4[::1], i8, i8, i8)")
+def change_flags(m4, root, add, remove):
+    """Change the flags of a mapping; what they were."""
+    spin_lock(m4, root + R_LOCK)
+    before = np.int64(m4[root + W_FLAGS])
+    m4[root + W_FLAGS] = (before | add) & ~remove
+    spin_unlock(m4, root + R_LOCK)
+    return before
+
+
+@kernel("i8(u4[::1], i8)")
+def unlist(m4, root):
+    """Take LISTED from a mapping if nothing in it is dirty; whether it was taken.
+
+    Lanes dirty only what is LISTED, under the same lock, so nothing becomes dirty unnoticed.
+    """
+    spin_lock(m4, root + R_LOCK)
+    flags = np.int64(m4[root + W_FLAGS])
+    clean = m4[root + W_NDIRTY] == 0 and flags & INODE_DIRTY == 0
+    taken = clean and flags & LISTED != 0
+    if taken:
+        m4[root + W_FLAGS] = flags & ~LISTED
+    spin_unlock(m4, root + R_LOCK)
+    return np.int64(taken)

@@ -1,7 +1,9 @@
 """Reading file data into the page cache: how much, in which folios, and from where.
 
 The window starts small and grows while reads stay sequential, as Linux's does; folio orders grow
-by two with each window. A read that follows nothing takes exactly what it asked for. Holes and
+by two with each window. A read that follows nothing takes exactly what it asked for. The kernel's
+own read-ahead has several requests under way, which overtake each other on their way here: a miss
+a little behind the last window continues it, and one inside it leaves it as it is. Holes and
 unwritten extents get no folio of their own: readers see zeros without one.
 
 Folios are put in LOCKED and looked up in the extent map afterwards: from then on nothing in them
@@ -50,18 +52,20 @@ def choose(vol: Volume, ip: Inode, index: int, wanted: int) -> tuple[int, int]:
     """(pages, folio order) to read at a miss on page `index` by a reader who wants `wanted`."""
     state: Any = vol.pages.state(ip.handle)
     most = max(min(WINDOW_PAGES, vol.arena.nr_pages // WINDOW_SHARE), 1)
-    order = 0
-    if index and index == state["ra_start"] + state["ra_pages"]:
-        pages = next_window(int(state["ra_pages"]), most)
-        order = int(state["ra_order"]) + 2
-    elif index == 0:
-        pages = first_window(wanted, most)
+    start, size, order = int(state["ra_start"]), int(state["ra_pages"]), int(state["ra_order"])
+    end = start + size
+    if index and start <= index < end:  # overtaken, or what was read had to end early
+        continues = vol.pages.find(ip.handle, index - 1)
+        return end - index if continues else wanted, max(order, vol.pages.order_min)
+    start = index
+    if index and end <= index < end + size:
+        start, pages, order = end, next_window(size, most), order + 2
     else:
-        pages = wanted
-    pages = max(pages, min(wanted, most))
+        pages, order = wanted if index else first_window(wanted, most), 0
+    pages = max(pages, index - start + min(wanted, most))
     order = min(order, vol.pages.order_max, pages.bit_length() - 1)
-    state["ra_start"], state["ra_pages"], state["ra_order"] = index, pages, order
-    return pages, max(order, vol.pages.order_min)
+    state["ra_start"], state["ra_pages"], state["ra_order"] = start, pages, order
+    return start + pages - index, max(order, vol.pages.order_min)
 
 
 async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:

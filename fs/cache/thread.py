@@ -4,11 +4,16 @@ A record names others by index, 0 meaning none. The helpers take the link *field
 table (`t["lru_next"]`), so one piece of code serves every kind of record. A list's ends are two
 consecutive words of its cache's head array: first, last. Buckets are a power of two.
 
-Locking: the caller's; all users run on the trio thread, between awaits.
+Locking: the trio thread changes all of them, between awaits. Lanes may walk the chains in an RCU
+section: a record is whole when its chain names it, and a record taken off a chain keeps its own
+link, so a walker that stands on it goes on. Its memory must outlive the grace period.
 """
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import numpy as np
 
+from alloc.atomic import store_release
 from alloc.jit import helper
 
 SPREAD = 0x9E3779B1  # 2^32 divided by the golden ratio
@@ -32,9 +37,9 @@ def chain_find(keys, nexts, buckets, key):
 
 @helper
 def chain_insert(nexts, buckets, slot, h):
-    """Put record h into a bucket."""
+    """Put record h, which is complete, into a bucket."""
     nexts[h] = buckets[slot]
-    buckets[slot] = h
+    store_release(buckets, slot, h)
 
 
 @helper
@@ -42,11 +47,11 @@ def chain_remove(nexts, buckets, slot, h):
     """Take record h, which is there, out of its bucket."""
     at = np.int64(buckets[slot])
     if at == h:
-        buckets[slot] = nexts[h]
+        store_release(buckets, slot, nexts[h])
         return
     while np.int64(nexts[at]) != h:
         at = np.int64(nexts[at])
-    nexts[at] = nexts[h]
+    store_release(nexts, at, nexts[h])
 
 
 @helper

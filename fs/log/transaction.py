@@ -133,10 +133,12 @@ class Transaction:
         buf = await self.vol.bufs.read(daddr, bbs, ops, owner, runs)
         return self._keep(buf)
 
-    async def get(self, daddr: int, bbs: int, ops: BufOps, runs: Runs = ()) -> Buf:
+    async def get(
+        self, daddr: int, bbs: int, ops: BufOps, owner: int = 0, runs: Runs = ()
+    ) -> Buf:
         """The buffer of a newly allocated block, zeroed; it must be logged."""
         assert self._write
-        return self._keep(await self.vol.bufs.get(daddr, bbs, ops, runs))
+        return self._keep(await self.vol.bufs.get(daddr, bbs, ops, owner, runs))
 
     def _keep(self, buf: Buf) -> Buf:
         held = self._held.get(buf.daddr)

@@ -138,3 +138,40 @@ async def test_a_cancelled_writer_leaves_the_line(
         some.cancelled(1)
         await done.wait()
     assert some.nr_waiting == 0
+
+
+async def test_what_lanes_look_at(autojump_clock: trio.testing.MockClock) -> None:
+    memory = [10_000]
+    some = Dirty(lambda: memory[0])
+    woken: list[int] = []
+    some.wake_flusher = lambda: woken.append(some.nr_dirty)
+    assert some.counts[dirty.COUNT_BACKGROUND] == some.background
+    assert some.counts[dirty.COUNT_FREERUN] == (some.background + some.limit) // 2
+    some.counts[dirty.NR_DIRTY] += 600  # a lane
+    some.poke()
+    assert not woken
+    memory[0] = 5_000
+    some.poke()  # the thresholds follow memory, and it is above them now
+    assert woken == [600]
+    assert some.counts[dirty.COUNT_FREERUN] == (some.background + some.limit) // 2
+
+
+async def test_lanes_see_the_line(autojump_clock: trio.testing.MockClock) -> None:
+    some = make()
+    some.dirtied(some.limit)
+    scope = trio.CancelScope()
+
+    async def writer() -> None:
+        with scope:
+            await some.balance(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer)
+        nursery.start_soon(some.balance, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert some.counts[dirty.COUNT_WAITERS] == 2
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert some.counts[dirty.COUNT_WAITERS] == 1
+        some.cancelled(1)
+        assert some.counts[dirty.COUNT_WAITERS] == 0

@@ -51,6 +51,18 @@ class FakeMappings:
     def state(self, handle: int) -> Any:
         return self.states[handle]
 
+    def enlist(self, handle: int) -> bool:
+        before = int(self.states["flags"][handle])
+        self.states["flags"][handle] |= LISTED
+        return not before & LISTED
+
+    def unlist(self, handle: int) -> bool:
+        state = self.states[handle]
+        if not state["flags"] & LISTED or state["ndirty"] or state["flags"] & INODE_DIRTY:
+            return False
+        state["flags"] &= ~np.uint32(LISTED)
+        return True
+
     def hold(self, handle: int) -> None:
         self.held[handle] += 1
 
@@ -80,7 +92,7 @@ class FakeMappings:
 
     async def write_object(self, handle: int) -> None:
         self.objects.append(handle)
-        self.states["flags"][handle] &= ~INODE_DIRTY & 0xFFFF
+        self.states["flags"][handle] &= ~np.uint32(INODE_DIRTY)
 
     @property
     def order(self) -> list[int]:

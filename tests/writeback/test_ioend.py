@@ -34,10 +34,10 @@ async def test_comes_back_clean() -> None:
     pool = IoendPool(1)
     ioend = await pool.get()
     ioend.handle, ioend.error = 7, 5
-    ioend.meta[:] = (1, 1, 1, 9)
+    ioend.meta[:] = (1, 1, 1, 9, 77)
     ioend.runs[0] = (3, 4)
     assert ioend.ranges() == [(3, 4)]
-    assert ioend.next_index == 9
+    assert (ioend.next_index, ioend.size) == (9, 77)
     pool.put(ioend)
     again = await pool.get()
     assert (again.handle, again.error, again.nr_folios, again.ranges()) == (0, 0, 0, [])
