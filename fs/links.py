@@ -1,4 +1,4 @@
-"""What every change of names has in common: checks, children, stamps and link counts.
+"""What changes of names have in common: checks, children, new inodes, stamps, link counts.
 
 `fs.namespace` and `fs.rename` are built of these. Functions that take a transaction expect the
 ILOCKs of the inodes they are given; `child` takes the directory's itself and expects its IOLOCK,
@@ -15,8 +15,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from fs.xfs import dir as directory
+from fs.xfs import inobt, residentname, stamp, unlinked
 from fs.xfs import layout as L
-from fs.xfs import stamp, unlinked
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
@@ -27,6 +27,7 @@ NAME_MAX = 255
 LINK_MAX = (1 << 31) - 1  # XFS format: nlink
 OWN_NAMES = (b".", b"..")
 FIXED = L.DIFLAG_IMMUTABLE | L.DIFLAG_APPEND
+SPECIAL = (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
 
 
 def check_name(name: bytes) -> None:
@@ -123,6 +124,20 @@ async def child(vol: Volume, dp: Inode, name: bytes) -> Inode:
     ip = await find_child(vol, dp, name)
     if ip is None:
         raise FileNotFoundError(errno.ENOENT, f"no such entry: {name!r}")
+    return ip
+
+
+async def new_inode(
+    tp: Transaction, dp: Inode, mode: int, uid: int, gid: int, rdev: int = 0
+) -> Inode:
+    """A new inode near a directory, which some of its core comes from: one reference.
+
+    Raises OSError(ENOSPC) with nothing changed. The caller logs the inode when it is complete.
+    """
+    ino, gen = await inobt.alloc(tp, dp.ino, stat.S_ISDIR(mode))
+    ip = await tp.vol.inodes.create(ino, gen)
+    now = stamp.now()
+    residentname.fill(tp.vol.resident, dp.handle, ip.handle, mode, uid, gid, rdev, now)
     return ip
 
 

@@ -21,21 +21,27 @@ import stat
 from typing import TYPE_CHECKING
 
 from fs import links
-from fs.rename import EXCHANGE, NOREPLACE, rename
-from fs.xfs import attr, bmap, inobt, inode, stamp, unlinked
+from fs.cache.incore import S_LINKABLE
+from fs.cache.resident import MISS
+from fs.rename import EXCHANGE, NOREPLACE, WHITEOUT, rename
+from fs.xfs import attr, bmap, inobt, stamp, unlinked
 from fs.xfs import dir as directory
 from fs.xfs import layout as L
+from fs.xfs import residentname as quick
 from fs.xfs import symlink as symlinks
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
     from fs.log.transaction import Transaction
     from fs.volume import Volume
+    from fs.xfs.geometry import Geometry
 
 __all__ = [
     "EXCHANGE",
     "NOREPLACE",
+    "WHITEOUT",
     "create",
+    "create_blocks",
     "inactivate",
     "link",
     "lookup",
@@ -48,9 +54,6 @@ __all__ = [
     "unlink",
 ]
 
-INHERITED = L.DIFLAG_NOATIME | L.DIFLAG_NODUMP | L.DIFLAG_SYNC | L.DIFLAG_NODEFRAG
-INHERITED_BY_DIRS = L.DIFLAG_PROJINHERIT | L.DIFLAG_EXTSZINHERIT | L.DIFLAG_RTINHERIT
-SPECIAL = (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
 PERMISSIONS = 0o7777
 
 
@@ -62,7 +65,7 @@ async def lookup(vol: Volume, dp: Inode, name: bytes) -> Inode:
     links.check_name(name)
     links.check_directory(dp)
     vol.check_alive()
-    known = vol.dentries.lookup(dp, name)
+    known = vol.dentries.lookup(dp, name) or look_now(vol, dp, name)
     if known is not None and known[0]:
         try:
             ip = await vol.inodes.get(known[0])
@@ -75,6 +78,14 @@ async def lookup(vol: Volume, dp: Inode, name: bytes) -> Inode:
     elif known is not None:
         raise FileNotFoundError(errno.ENOENT, f"no such entry: {name!r}")
     return await links.child(vol, dp, name)
+
+
+def look_now(vol: Volume, dp: Inode, name: bytes) -> tuple[int, int] | None:
+    """What a name is, (0, 0) if it is not there; None if that takes waiting."""
+    if name in links.OWN_NAMES:
+        return None
+    code, ino, ftype = quick.lookup(vol.resident, dp.handle, name)
+    return None if code == MISS else (ino, ftype)
 
 
 async def readlink(vol: Volume, ip: Inode) -> bytes:
@@ -95,9 +106,31 @@ async def create(
     """Make a regular file, or what `mode` says: device, fifo, socket. `rdev` is the stored form."""
     if not stat.S_IFMT(mode):
         mode |= stat.S_IFREG
-    if not (stat.S_ISREG(mode) or stat.S_IFMT(mode) in SPECIAL):
+    if not (stat.S_ISREG(mode) or stat.S_IFMT(mode) in links.SPECIAL):
         raise OSError(errno.EINVAL, f"create cannot make mode {mode:o}")
-    return await _make(vol, dp, name, mode, uid, gid, rdev=rdev)
+    ip = create_now(vol, dp, name, mode, uid, gid, rdev)
+    return ip or await _make(vol, dp, name, mode, uid, gid, rdev=rdev)
+
+
+def create_blocks(geo: Geometry) -> int:
+    """Blocks to reserve for a new inode with a name."""
+    return directory.enter_blocks(geo) + inobt.alloc_blocks(geo)
+
+
+def create_now(
+    vol: Volume, dp: Inode, name: bytes, mode: int, uid: int, gid: int, rdev: int
+) -> Inode | None:
+    """The whole transaction, if nothing has to be waited for; errors are the general path's."""
+    links.check_new_name(name)
+    links.check_directory(dp)
+    if vol.inodes.loading or not vol.admits(vol.create_blocks):
+        return None
+    ftype, now = directory.ftype_of(mode), stamp.now()
+    at = quick.create(vol.resident, dp.handle, name, ftype, mode, uid, gid, rdev, now)
+    if at == MISS:
+        return None
+    vol.space.changed()
+    return vol.inodes.view(at)
 
 
 async def mkdir(vol: Volume, dp: Inode, name: bytes, mode: int, uid: int, gid: int) -> Inode:
@@ -129,7 +162,7 @@ async def _make(
     links.check_new_name(name)
     links.check_directory(dp)
     geo = vol.geo
-    blocks = directory.enter_blocks(geo) + inobt.alloc_blocks(geo)
+    blocks = vol.create_blocks
     if len(target) > geo.literal_size:
         blocks += symlinks.blocks(geo, len(target)) + bmap.worst_indirect(geo, 3)
     async with vol.iolock(dp), vol.transaction("create", blocks) as tp:
@@ -138,9 +171,7 @@ async def _make(
         await links.expect_absent(tp, dp, name)
         if stat.S_ISDIR(mode):
             links.check_link_count(dp)
-        ino, gen = await inobt.alloc(tp, dp.ino, stat.S_ISDIR(mode))
-        ip = await vol.inodes.create(ino, gen)
-        _fill(tp, dp, ip, mode, uid, gid, rdev)
+        ip = await links.new_inode(tp, dp, mode, uid, gid, rdev)
         if stat.S_ISDIR(mode):
             directory.init(tp, ip, dp.ino)
             dp.nlink += 1
@@ -149,40 +180,6 @@ async def _make(
         tp.log_inode(ip)
         await _enter(tp, dp, name, ip)
         return ip
-
-
-def _fill(tp: Transaction, dp: Inode, ip: Inode, mode: int, uid: int, gid: int, rdev: int) -> None:
-    """The core of a new inode, as far as it is not zero; some of it comes from the directory."""
-    is_dir = stat.S_ISDIR(mode)
-    if dp.mode & stat.S_ISGID:
-        gid = dp.gid
-        mode |= stat.S_ISGID if is_dir else 0
-    ip.mode, ip.uid, ip.gid, ip.nlink = mode, uid, gid, 2 if is_dir else 1
-    special = stat.S_IFMT(mode) in SPECIAL
-    ip.format = L.FMT_DEV if special else L.FMT_EXTENTS
-    ip.aformat = L.FMT_EXTENTS
-    ip.rdev = rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
-    ip.flags2 = inode.new_flags2(tp.vol.geo)
-    ip.atime = ip.mtime = ip.ctime = ip.crtime = stamp.now()
-    ip.changecount = 1
-    _inherit(dp, ip)
-
-
-def _inherit(dp: Inode, ip: Inode) -> None:
-    """Flags, project and extent size hints that a directory hands on (XFS format: di_flags)."""
-    flags = dp.flags & INHERITED
-    if stat.S_ISDIR(ip.mode):
-        flags |= dp.flags & INHERITED_BY_DIRS
-    elif stat.S_ISREG(ip.mode) and dp.flags & L.DIFLAG_EXTSZINHERIT:
-        flags |= L.DIFLAG_EXTSIZE
-    if flags & (L.DIFLAG_EXTSIZE | L.DIFLAG_EXTSZINHERIT):
-        ip.extsize = dp.extsize
-    if dp.flags & L.DIFLAG_PROJINHERIT:
-        ip.projid = dp.projid
-    if dp.flags2 & L.DIFLAG2_COWEXTSIZE and (stat.S_ISDIR(ip.mode) or stat.S_ISREG(ip.mode)):
-        ip.flags2 |= L.DIFLAG2_COWEXTSIZE
-        ip.cowextsize = dp.cowextsize
-    ip.flags = flags
 
 
 async def _enter(tp: Transaction, dp: Inode, name: bytes, ip: Inode) -> None:
@@ -194,7 +191,10 @@ async def _enter(tp: Transaction, dp: Inode, name: bytes, ip: Inode) -> None:
 
 
 async def link(vol: Volume, dp: Inode, name: bytes, ip: Inode) -> None:
-    """Give an existing inode another name. Raises OSError(EPERM) for directories."""
+    """Give an existing inode another name, or a temporary file its first.
+
+    Raises OSError(EPERM) for directories.
+    """
     links.check_new_name(name)
     links.check_directory(dp)
     async with (
@@ -204,7 +204,7 @@ async def link(vol: Volume, dp: Inode, name: bytes, ip: Inode) -> None:
         await tp.lock_inodes(dp, ip)
         links.check_open(dp)
         await links.expect_absent(tp, dp, name)
-        if not ip.nlink:
+        if not ip.nlink and not ip.state & S_LINKABLE:
             raise FileNotFoundError(errno.ENOENT, f"inode {ip.ino} was removed")
         if stat.S_ISDIR(ip.mode) or ip.flags & links.FIXED:
             raise PermissionError(errno.EPERM, "a directory, or immutable or append-only")
@@ -212,6 +212,9 @@ async def link(vol: Volume, dp: Inode, name: bytes, ip: Inode) -> None:
             raise OSError(errno.EXDEV, "the directory hands on another project")
         links.check_link_count(ip)
         await _enter(tp, dp, name, ip)
+        if not ip.nlink:
+            ip.state &= ~S_LINKABLE
+            await unlinked.remove(tp, ip)
         links.add_link(tp, ip)
 
 
@@ -222,6 +225,8 @@ async def unlink(vol: Volume, dp: Inode, name: bytes) -> None:
     """Remove a name of anything but a directory. Needs no free space."""
     links.check_name(name)
     links.check_directory(dp)
+    if unlink_now(vol, dp, name):
+        return
     async with vol.iolock(dp):
         if name in links.OWN_NAMES:
             raise IsADirectoryError(errno.EISDIR, f"{name!r} is a directory")
@@ -236,6 +241,16 @@ async def unlink(vol: Volume, dp: Inode, name: bytes) -> None:
                 await links.drop_link(tp, ip)
         finally:
             vol.inodes.put(ip)
+
+
+def unlink_now(vol: Volume, dp: Inode, name: bytes) -> bool:
+    """The whole transaction, if nothing has to be waited for; errors are the general path's."""
+    if not vol.admits():
+        return False
+    at = quick.unlink(vol.resident, dp.handle, name, stamp.now())
+    if at > 0:  # nobody uses it: have it freed
+        vol.inodes.put(vol.inodes.hold(at))
+    return bool(at != MISS)
 
 
 async def rmdir(vol: Volume, dp: Inode, name: bytes) -> None:
@@ -274,11 +289,14 @@ async def _leave(tp: Transaction, dp: Inode, name: bytes, ip: Inode) -> None:
 async def setattr(vol: Volume, ip: Inode, changes: dict[str, int]) -> None:
     """Change mode, uid, gid, atime, mtime or ctime; stamps are bigtime nanoseconds.
 
-    The size is `fs.truncate`'s. Raises OSError(EPERM) for immutable and append-only inodes.
+    The size is `fs.truncate`'s. Raises OSError(EPERM) for immutable inodes, and for append-only
+    ones unless only times change.
     """
     async with vol.transaction("setattr") as tp:
         await tp.lock_inodes(ip)
-        if ip.flags & links.FIXED:
+        # touch(1) of an append-only file is allowed; FUSE does not tell it from other times.
+        fixed = links.FIXED if changes.keys() & {"mode", "uid", "gid"} else L.DIFLAG_IMMUTABLE
+        if ip.flags & fixed:
             raise PermissionError(errno.EPERM, "immutable or append-only")
         for name, value in changes.items():
             assert name in ("mode", "uid", "gid", "atime", "mtime", "ctime"), name
@@ -310,8 +328,18 @@ async def inactivate(vol: Volume, ip: Inode) -> None:
         await directory.inactivate(vol, ip)
     if ip.forkoff:
         await attr.inactivate(vol, ip)
+    if free_now(vol, ip):
+        return
     async with vol.transaction("inactive") as tp:
         await tp.lock_inodes(ip)
         links.take_if_possible(tp, inobt.free_blocks(vol.geo))
         await unlinked.remove(tp, ip)
         await inobt.free(tp, ip)
+
+
+def free_now(vol: Volume, ip: Inode) -> bool:
+    """Free an unlinked inode without references if it has nothing left, and nothing is to wait."""
+    if not vol.admits() or quick.free_inode(vol.resident, ip.handle) != quick.READY:
+        return False
+    vol.space.changed()
+    return True

@@ -2,8 +2,10 @@
 
 A rename may replace a target (which loses a link, or is an empty directory that goes), may move a
 directory (whose ".." and whose parents' link counts follow), and with EXCHANGE swaps two names.
-A directory must not move below itself: the target's ancestors are walked up to the root, under a
-lock of the volume that keeps every directory where it is.
+With WHITEOUT the old name stays and names a new character device 0:0, by which overlayfs knows
+that a name of a lower layer is gone. A directory must not move below itself: the target's
+ancestors are walked up to the root, under a lock of the volume that keeps every directory where
+it is.
 
 Locking: the rename lock if two directories are involved, then IOLOCKs of both in ascending ino,
 then the reservation, then the ILOCKs of up to four inodes in one call.
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fs import links
-from fs.xfs import bmap
+from fs.xfs import bmap, inobt
 from fs.xfs import dir as directory
 from fs.xfs import layout as L
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from fs.volume import Volume
     from fs.xfs.geometry import Geometry
 
-NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2(2)
+NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4  # flags of renameat2(2)
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Move:
     flags: int
     source: Inode
     target: Inode | None
+    owner: tuple[int, int]  # uid and gid of a whiteout
 
     @property
     def across(self) -> bool:
@@ -51,11 +54,25 @@ class Move:
     def exchange(self) -> bool:
         return bool(self.flags & EXCHANGE)
 
+    @property
+    def whiteout(self) -> bool:
+        return bool(self.flags & WHITEOUT)
+
 
 async def rename(
-    vol: Volume, odp: Inode, oname: bytes, ndp: Inode, nname: bytes, flags: int = 0
+    vol: Volume,
+    odp: Inode,
+    oname: bytes,
+    ndp: Inode,
+    nname: bytes,
+    flags: int = 0,
+    uid: int = 0,
+    gid: int = 0,
 ) -> None:
-    """Rename. Raises OSError: ENOENT EEXIST EISDIR ENOTDIR ENOTEMPTY EINVAL EMLINK ENOSPC ..."""
+    """Rename; a whiteout belongs to `uid` and `gid`.
+
+    Raises OSError: ENOENT EEXIST EISDIR ENOTDIR ENOTEMPTY EINVAL EMLINK ENOSPC ...
+    """
     _check_arguments(odp, oname, ndp, nname, flags)
     async with AsyncExitStack() as stack:
         if odp != ndp:
@@ -67,7 +84,7 @@ async def rename(
         target = await links.find_child(vol, ndp, nname)
         if target is not None:
             stack.callback(vol.inodes.put, target)
-        move = Move(odp, oname, ndp, nname, flags, source, target)
+        move = Move(odp, oname, ndp, nname, flags, source, target, (uid, gid))
         _check_presence(move)
         await _check_ancestry(vol, move)
         if source != target:
@@ -80,7 +97,8 @@ def _check_arguments(odp: Inode, oname: bytes, ndp: Inode, nname: bytes, flags: 
     links.check_name(nname)
     links.check_directory(odp)
     links.check_directory(ndp)
-    if flags & ~(NOREPLACE | EXCHANGE) or flags == NOREPLACE | EXCHANGE:
+    known = NOREPLACE | EXCHANGE | WHITEOUT
+    if flags & ~known or (flags & EXCHANGE and flags != EXCHANGE):
         raise OSError(errno.EINVAL, f"rename flags {flags:#x}")
     if oname in links.OWN_NAMES or nname in links.OWN_NAMES:
         code = errno.EEXIST if flags & NOREPLACE and nname in links.OWN_NAMES else errno.EBUSY
@@ -144,6 +162,8 @@ def _blocks(geo: Geometry, move: Move) -> int:
     """Blocks for the new name, and for shortforms that inode numbers of 8 bytes push out."""
     push_out = geo.dir_block_blocks + bmap.worst_indirect(geo, geo.dir_block_blocks)
     new = directory.enter_blocks(geo) if move.target is None else 0
+    if move.whiteout:
+        new += inobt.alloc_blocks(geo)
     return new + 3 * push_out
 
 
@@ -152,14 +172,26 @@ async def _commit(vol: Volume, move: Move) -> None:
     inodes = [move.odp, move.ndp, move.source]
     if move.target is not None:
         inodes.append(move.target)
-    replaces = move.target is not None
+    replaces = move.target is not None and not move.whiteout
     async with vol.transaction("rename", _blocks(vol.geo, move), from_pool=replaces) as tp:
         await tp.lock_inodes(*inodes)
         await _check_locked(tp, move)
         if move.exchange:
             await _exchange(tp, move)
         else:
-            await _move(tp, move)
+            whiteout = await _make_whiteout(tp, move) if move.whiteout else None
+            try:
+                await _move(tp, move, whiteout)
+            finally:
+                if whiteout is not None:
+                    vol.inodes.put(whiteout)
+
+
+async def _make_whiteout(tp: Transaction, move: Move) -> Inode:
+    """What takes the source's place. Raises OSError(ENOSPC) with nothing changed."""
+    whiteout = await links.new_inode(tp, move.odp, stat.S_IFCHR, *move.owner)
+    tp.log_inode(whiteout)
+    return whiteout
 
 
 async def _check_locked(tp: Transaction, move: Move) -> None:
@@ -172,15 +204,26 @@ async def _check_locked(tp: Transaction, move: Move) -> None:
     for parent, ip in ((ndp, source), (odp, target if move.exchange else None)):
         if ip is not None and parent.flags & L.DIFLAG_PROJINHERIT and parent.projid != ip.projid:
             raise OSError(errno.EXDEV, "the directory hands on another project")
-    if move.across and stat.S_ISDIR(source.mode):
-        links.check_link_count(ndp)
+    _check_link_counts(move)
     if target is None or move.exchange or not stat.S_ISDIR(target.mode):
         return
     if target.nlink > 2 or not await directory.is_empty(tp, target):
         raise OSError(errno.ENOTEMPTY, f"{move.nname!r} is not empty")
 
 
-async def _move(tp: Transaction, move: Move) -> None:
+def _check_link_counts(move: Move) -> None:
+    """A directory that comes alone brings its new parent a link."""
+    if not move.across:
+        return
+    comes = stat.S_ISDIR(move.source.mode)
+    goes = move.target is not None and stat.S_ISDIR(move.target.mode)
+    if comes and not goes:
+        links.check_link_count(move.ndp)
+    elif goes and not comes:
+        links.check_link_count(move.odp)
+
+
+async def _move(tp: Transaction, move: Move, whiteout: Inode | None) -> None:
     """Enter the new name, or point it at the source; then take the old one away."""
     odp, ndp, source, target = move.odp, move.ndp, move.source, move.target
     ftype = directory.ftype_of(source.mode)
@@ -197,13 +240,17 @@ async def _move(tp: Transaction, move: Move) -> None:
         await links.drop_link(tp, odp)
     if is_dir and move.across and target is not None:
         await links.drop_link(tp, ndp)
-    await directory.remove(tp, odp, move.oname, source.ino)
+    dentries = tp.vol.dentries
+    if whiteout is not None:
+        await directory.replace(tp, odp, move.oname, whiteout.ino, L.FT_CHR)
+        dentries.insert(odp, move.oname, whiteout.ino, L.FT_CHR)
+    else:
+        await directory.remove(tp, odp, move.oname, source.ino)
+        dentries.insert(odp, move.oname, 0, 0)
     if target is not None:
         await links.drop_link(tp, target, 2 if stat.S_ISDIR(target.mode) else 1)
     links.touch(tp, source, modified=False)
     links.touch(tp, *{odp, ndp})
-    dentries = tp.vol.dentries
-    dentries.insert(odp, move.oname, 0, 0)
     dentries.insert(ndp, move.nname, source.ino, ftype)
 
 

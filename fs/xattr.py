@@ -19,6 +19,7 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fs.cache.incore import S_NOSEC
 from fs.xfs import attr, stamp
 from fs.xfs.attr import ROOT, SECURE
 
@@ -32,6 +33,7 @@ XATTR_REPLACE = 2
 PREFIXES = ((b"user.", 0), (b"trusted.", ROOT), (b"security.", SECURE))
 ACL_ACCESS = b"system.posix_acl_access"
 ACL_DEFAULT = b"system.posix_acl_default"
+CAPABILITY = b"security.capability"
 ACLS = {ACL_ACCESS: b"SGI_ACL_FILE", ACL_DEFAULT: b"SGI_ACL_DEFAULT"}
 
 ACL_VERSION = 2
@@ -101,6 +103,19 @@ async def set(vol: Volume, ip: Inode, name: bytes, value: bytes, flags: int = 0)
     namespace, stored = _split(name)
     create, replace = bool(flags & XATTR_CREATE), bool(flags & XATTR_REPLACE)
     await attr.set(vol, ip, namespace, stored, value, create=create, replace=replace)
+    if name == CAPABILITY:
+        ip.state &= ~S_NOSEC
+
+
+async def drop_capability(vol: Volume, ip: Inode) -> None:
+    """The file's content or owner changes: its capabilities go. Cheap when it has none."""
+    if ip.forkoff and not ip.state & S_NOSEC:
+        try:
+            await remove(vol, ip, CAPABILITY)
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+        ip.state |= S_NOSEC
 
 
 async def remove(vol: Volume, ip: Inode, name: bytes) -> None:

@@ -29,6 +29,12 @@ class Device(Protocol):
     async def write(self, offset: int, views: Views) -> None:
         """Write the views in order. Raises OSError on a device error."""
 
+    async def discard(self, offset: int, length: int) -> None:
+        """What is there is no longer needed; it reads as anything until it is written.
+
+        Raises OSError(EOPNOTSUPP) if the device cannot give the place back.
+        """
+
     async def flush(self) -> None:
         """Make everything written before stable."""
 

@@ -2,13 +2,18 @@
 
 Transfers go through a small pool of threads, because pread and pwrite release the GIL and a
 device may take milliseconds; a hop costs about 60 us. An image in memory (a memfd) has nothing to
-wait for, so its transfers run in place.
+wait for, so its transfers run in place. What is discarded becomes a hole in an image file; a
+block device is told.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
+import stat
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,6 +23,12 @@ from fs.device.base import Views
 
 IO_THREADS = 4  # enough to keep a device of this class busy from two cores
 IOV_MAX = 1024
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # fallocate(2)
+BLKDISCARD = 0x1277  # ioctl(2) of block devices: (offset, length) in bytes
+CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.ENODEV)
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def _each_batch(views: Views) -> list[Views]:
@@ -42,6 +53,19 @@ def _transfer(call: Callable[..., int], fd: int, views: Views, offset: int, what
 def _read_each(fd: int, requests: Sequence[tuple[int, Views]]) -> None:
     for offset, views in requests:
         _transfer(os.preadv, fd, views, offset, "read")
+
+
+def _discard(fd: int, offset: int, length: int) -> None:
+    """Give the place back. Raises OSError(EOPNOTSUPP) where that is unknown."""
+    try:
+        if stat.S_ISBLK(os.fstat(fd).st_mode):
+            fcntl.ioctl(fd, BLKDISCARD, struct.pack("=QQ", offset, length))
+        elif _fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, length):
+            raise OSError(ctypes.get_errno(), "fallocate")
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        raise OSError(errno.EOPNOTSUPP, "the device cannot discard") from error
 
 
 class ImageFile:
@@ -71,6 +95,10 @@ class ImageFile:
     async def write(self, offset: int, views: Views) -> None:
         assert not self.read_only
         await self._run(partial(_transfer, os.pwritev, self._fd, views, offset, "write"))
+
+    async def discard(self, offset: int, length: int) -> None:
+        assert not self.read_only
+        await self._run(partial(_discard, self._fd, offset, length))
 
     async def flush(self) -> None:
         if not self.read_only:

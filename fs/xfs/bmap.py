@@ -26,7 +26,7 @@ from fs.xfs import extents as X
 from fs.xfs import fork as forks
 from fs.xfs import layout as L
 from fs.xfs.btree import Cursor
-from fs.xfs.btroots import InodeRoot
+from fs.xfs.btroots import InodeRoot, keep
 from fs.xfs.fork import add_attr as add_attr_fork
 from fs.xfs.geometry import Geometry
 from fs.xfs.inode import (
@@ -62,13 +62,17 @@ __all__ = [
     "lookup",
     "read",
     "remap",
+    "shift_left",
+    "shift_right",
     "spare_records",
+    "split",
     "unmap",
     "worst_indirect",
 ]
 
 HOLE = -1  # fsbno of a mapping that has no blocks
 UNMAP_EXTENTS = 64  # records that one call of `unmap` takes away at most
+SHIFT_EXTENTS = 32  # records that one call moves to another place in the file at most
 NEAR_GAP = 4  # a hole of up to so many times the request is left free on the disk, too
 
 
@@ -306,6 +310,67 @@ async def remap(tp: Transaction, ip: Inode, new: Mapping) -> None:
     while not await unmap(tp, ip, new.offset, new.count):
         pass
     await insert(tp, ip, new)
+
+
+async def split(tp: Transaction, ip: Inode, offset: int) -> None:
+    """Let a record begin at a file block, if one holds it: neighbours, until something merges them.
+
+    Without blocks for the tree OSError(ENOSPC) is raised, with nothing changed.
+    """
+    found = await lookup(tp, ip, offset)
+    if found is not None and found.offset < offset:
+        _admit_cut(tp, ip, DATA)
+        pieces = [_clip(found, found.offset, offset), _clip(found, offset, found.end)]
+        await _replace(tp, ip, DATA, [found], pieces)
+
+
+async def shift_left(tp: Transaction, ip: Inode, start: int, by: int) -> int | None:
+    """Move the mappings from file block `start` on `by` blocks down, over a hole of that size.
+
+    At most SHIFT_EXTENTS records a call, from the first on: the map is in order whenever it ends.
+    Returns where the next call goes on, None when all are moved. Needs no blocks.
+    """
+    for _ in range(SHIFT_EXTENTS):
+        left, found = await _around(tp, ip, start - 1, DATA)
+        if found is None:
+            return None
+        moved = found._replace(offset=found.offset - by)
+        if left is not None and left.end > moved.offset:
+            raise _corrupt(tp, ip, f"file block {found.offset} would move over others")
+        before = [left] if left is not None else []
+        await _replace(tp, ip, DATA, [*before, found], merge([*before, moved]))
+        await _move_owner(tp, ip, found, moved)
+        start = found.end
+    return start
+
+
+async def shift_right(
+    tp: Transaction, ip: Inode, start: int, by: int, end: int = L.FILE_OFFSET_MAX
+) -> int | None:
+    """Move the mappings of file blocks [start, end) `by` blocks up; none lies over `start`.
+
+    As `shift_left`, but from the last on; the next call's `end` is returned.
+    """
+    for _ in range(SHIFT_EXTENTS):
+        found, right = await _around(tp, ip, end - 1, DATA)
+        if found is None or found.end <= start:
+            return None
+        moved = found._replace(offset=found.offset + by)
+        if found.offset < start or (right is not None and right.offset < moved.end):
+            raise _corrupt(tp, ip, f"file block {found.offset} would move over others")
+        await _replace(tp, ip, DATA, [found], [moved])
+        await _move_owner(tp, ip, found, moved)
+        end = found.offset
+        if end == start:
+            return None
+    return end
+
+
+async def _move_owner(tp: Transaction, ip: Inode, old: Mapping, new: Mapping) -> None:
+    """The reverse map learns that blocks hold another part of the file."""
+    owner = Owner(ip.ino, old.offset, unwritten=old.unwritten)
+    await rmap.unmap(tp, old.fsbno, old.count, owner)
+    await rmap.map(tp, new.fsbno, new.count, owner._replace(offset=new.offset))
 
 
 async def _remove(tp: Transaction, ip: Inode, fork: int, old: Mapping, gone: Mapping) -> None:
@@ -551,6 +616,7 @@ async def to_extents(tp: Transaction, ip: Inode, fork: int) -> None:
     tp.log_inode(ip)
     tp.invalidate(buf)
     await freespace.free(tp, fsbno, 1, _tree_owner(ip, fork))
+    keep(tp, 1)
 
 
 async def push_root(tp: Transaction, ip: Inode, fork: int) -> None:

@@ -465,7 +465,7 @@ class Cursor:
         root = self.root
         block = await root.alloc_block(near)
         daddr = root.daddr(block)
-        buf = await self.tp.get(daddr, self.block_bbs, self.kind.ops)
+        buf = await self.tp.get(daddr, self.block_bbs, self.kind.ops, root.owner)
         header = _LONG if self.kind.long else _SHORT
         none = L.NULL64 if self.kind.long else L.NULL32
         left, right = left if left >= 0 else none, right if right >= 0 else none

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 _AREA_SHIFT = ROOT_HEADER - L.BMBT_ROOT.itemsize  # a fork's root seen as a block begins before it
 
 
+def keep(tp: Transaction, blocks: int) -> None:
+    """Free blocks that nobody else was promised become the transaction's reservation.
+
+    Blocks that a file's tree gave back a moment ago are such: a tree may shrink and grow many
+    times in one transaction, and must not use up a block each time.
+    """
+    tp.vol.space.reserved += blocks
+    tp.blocks += blocks
+
+
 class TreeRoot(HeaderRoot):
     """inobt, finobt or refcountbt of an AG."""
 
@@ -49,6 +59,10 @@ class TreeRoot(HeaderRoot):
 
     async def alloc_block(self, near: int) -> int:
         geo = self.tp.vol.geo
+        if self.kind is not btkind.INO:
+            # The AG keeps blocks back for this tree. They are promised to nobody else, so it may
+            # grow in a transaction that has nothing reserved, as removals have.
+            keep(self.tp, 1)
         fsbno, _ = await freespace.alloc(
             self.tp,
             near=geo.fsb(self.owner, near),
@@ -143,6 +157,7 @@ class InodeRoot(Root):
         self.ip.nblocks -= 1
         self.tp.log_inode(self.ip)
         await freespace.free(self.tp, block, 1, self._blocks)
+        keep(self.tp, 1)
 
     def corrupt(self, where: str, reason: str) -> Exception:
         fork = "attr" if self.fork == ATTR else "data"

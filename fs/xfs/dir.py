@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fs.cache.buf import Buf
-from fs.xfs import bmap, danode, dirbuf
+from fs.cache.resident import MISS
+from fs.xfs import bmap, danode, dirbuf, residentdir
 from fs.xfs import dirblock as B
 from fs.xfs import dirdata as D
 from fs.xfs import dirsf as S
@@ -119,6 +120,10 @@ async def _block(tp: Transaction, dp: Inode) -> Buf:
 
 async def lookup(tp: Transaction, dp: Inode, name: bytes) -> tuple[int, int] | None:
     """(ino, ftype) of a name, "." and ".." included; None if there is none."""
+    if name not in (DOT, DOTDOT):
+        code, ino, ftype = residentdir.lookup(tp.vol.resident, dp.handle, name)
+        if code != MISS:
+            return (ino, ftype) if code == residentdir.FOUND else None
     if _is_short(tp, dp):
         return _lookup_short(tp, dp, name)
     form = await _open(tp, dp)

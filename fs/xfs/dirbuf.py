@@ -197,7 +197,7 @@ async def _new(tp: Transaction, dp: Inode, block: int, ops: BufOps) -> Buf:
     tp.log_inode(dp)
     runs = tp.places[dp.handle, block] = _runs(tp, dp, pieces)
     bbs = geo.dir_block_size >> L.BB_LOG
-    return await tp.get(runs[0][0], bbs, ops, runs if len(runs) > 1 else ())
+    return await tp.get(runs[0][0], bbs, ops, dp.ino, runs if len(runs) > 1 else ())
 
 
 def _init_header(tp: Transaction, dp: Inode, buf: Buf, magic: int) -> None:

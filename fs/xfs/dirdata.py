@@ -119,14 +119,20 @@ def same_name(mem, at, name):
 
 
 @helper
-def is_block_form(mem, addr):
+def _block_form(mem, addr):
     return get32(mem, addr) == L.MAGIC_DIR_BLOCK
+
+
+@kernel("b1(u1[::1], i8)")
+def is_block_form(mem, addr):
+    """Is it the only block of its directory, with the leaf behind its data?"""
+    return _block_form(mem, addr)
 
 
 @helper
 def area_end(mem, addr, size):
     """Offset behind the data area: the leaf's first entry in block form, else the block's end."""
-    if is_block_form(mem, addr):
+    if _block_form(mem, addr):
         return size - TAIL - LEAF_ENTRY * get32(mem, addr + size - TAIL)
     return np.int64(size)
 

@@ -107,12 +107,11 @@ async def alloc(tp: Transaction, parent_ino: int, is_dir: bool) -> tuple[int, in
     await tp.lock_space()
     geo = tp.vol.geo
     first = _next_ag(tp.vol) if is_dir else geo.ino_agno(parent_ino)
-    room = await _room_for_chunk(tp)
     for turn in range(geo.agcount):
         agno = (first + turn) % geo.agcount
         agi = await ag.read_agi(tp, agno)
         unused = int(agi.rec(L.AGI)["freecount"])
-        if not unused and not (room and await _new_chunk(tp, agno, agi)):
+        if not unused and not (await _room_for_chunk(tp) and await _new_chunk(tp, agno, agi)):
             continue
         near = geo.ino_agino(parent_ino) if agno == geo.ino_agno(parent_ino) else L.NULL32
         return await _take(tp, agno, agi, near)
