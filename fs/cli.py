@@ -1,4 +1,4 @@
-"""The command line: mount, umount, info, doctor, install-helper.
+"""The command line: mount, umount, info, stat, doctor, install-helper.
 
 Thin: each command turns its words into a call and its result into output. Results go to standard
 output, everything else to standard error. Exit codes of `mount` are mount(8)'s (1 usage, 2
@@ -77,7 +77,7 @@ def mount(
     Options of -o: ro rw noatime nodiratime relatime strictatime sync dirsync suid dev exec
     allow_other allow_root acl noacl auto_unmount remount paranoid debug foreground image=PATH
     scratch=SIZE mkfs=WORDS memory=SIZE cache=none|writethrough|writeback fsname= subtype= log=
-    lock_timeout=SECONDS max_background=N read_ahead_kb=N.
+    lanes=N max_write=SIZE lock_timeout=SECONDS max_background=N read_ahead_kb=N.
     """
     from fs import mount as life
     from fs.front import options as grammar
@@ -115,30 +115,40 @@ def info(
     image: Annotated[str, typer.Argument(metavar="IMAGE|DIR", help="Image or mount point.")],
     as_json: Json = False,
 ) -> None:
-    """Print the layout of an image, as xfs_info does."""
+    """Print the layout of an image, as xfs_info does; of a mount also what FUSE agreed upon."""
     from fs import info as layouts
 
-    path = _image_behind(image)
+    path, negotiated = _image_behind(image)
     shown = layouts.layout(layouts.read_superblock(path))
     if as_json:
-        typer.echo(json.dumps(layouts.record(shown, path), indent=2))
+        typer.echo(json.dumps(layouts.record(shown, path, negotiated), indent=2))
     else:
-        typer.echo(layouts.text(shown, path), nl=False)
+        typer.echo(layouts.text(shown, path) + layouts.negotiated_text(negotiated), nl=False)
 
 
-def _image_behind(path: str) -> str:
-    """The image of a mount point, or the path itself."""
+def _image_behind(path: str) -> tuple[str, dict[str, Any]]:
+    """The image of a mount point and what was negotiated, or the path itself."""
     from fs import mounts, runfile
 
     mounted = mounts.find(path)
     if mounted is None:
-        return path
+        return path, {}
     record = runfile.of_mountpoint(mounted.mountpoint)
-    if record is not None and record.is_alive() and not record.image:
-        return f"/proc/{record.pid}/fd/{record.image_fd}"
-    if record is not None and record.is_alive():
-        return record.image
-    return mounted.source
+    if record is None or not record.is_alive():
+        return mounted.source, {}
+    return record.image or f"/proc/{record.pid}/fd/{record.image_fd}", record.negotiated
+
+
+@app.command()
+def stat(
+    mountpoint: Annotated[str, typer.Argument(metavar="DIR", help="Where it is mounted.")],
+    as_json: Json = False,
+) -> None:
+    """Print what a mount has done: requests by opcode, who answered them, how long it took."""
+    from fs import stat as figures
+
+    found = figures.read(mountpoint)
+    typer.echo(json.dumps(found, indent=2) if as_json else figures.text(found), nl=as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -204,6 +205,23 @@ def text(shown: Layout, image: str) -> str:
     return "".join(_row(*row) for row in rows)
 
 
-def record(shown: Layout, image: str) -> dict[str, Any]:
-    """The layout for JSON, with the image's path in front."""
-    return {"image": image, **asdict(shown)}
+def record(shown: Layout, image: str, negotiated: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The layout for JSON, with the image's path in front, and the mount's negotiation behind."""
+    more = {"negotiated": negotiated} if negotiated else {}
+    return {"image": image, **asdict(shown), **more}
+
+
+def negotiated_text(negotiated: dict[str, Any]) -> str:
+    """What a mount agreed upon with the kernel; nothing for an image or a mount without lanes."""
+    if not negotiated:
+        return ""
+    numbers = {name: value for name, value in negotiated.items() if name not in ("flags",)}
+    words = textwrap.wrap(" ".join(str(flag).lower() for flag in negotiated["flags"]), 60)
+    rows = [", ".join(f"{name}={value}" for name, value in part) for part in _threes(numbers)]
+    label = ["fuse     =", *["         ="] * (len(rows) + len(words) - 1)]
+    return "".join(f"{a}{b}\n" for a, b in zip(label, rows + words, strict=True))
+
+
+def _threes(numbers: dict[str, Any]) -> list[list[tuple[str, Any]]]:
+    pairs = list(numbers.items())
+    return [pairs[i : i + 3] for i in range(0, len(pairs), 3)]

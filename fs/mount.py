@@ -22,7 +22,7 @@ import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fs import daemon, imagelock, mounts, runfile, screen
+from fs import daemon, imagelock, mounts, runfile, screen, tuning
 from fs.errors import UserError
 from fs.front import options as grammar
 from fs.front.options import MountOptions
@@ -54,6 +54,9 @@ def check(options: MountOptions) -> MountOptions:
     options = replace(options, mountpoint=mounts.check_mountpoint(options.mountpoint))
     if options.log not in ("", "none", "stderr", "syslog"):
         options = replace(options, log=os.path.abspath(options.log))
+    if options.lanes < 0:
+        options = replace(options, lanes=tuning.lanes())
+    _check_max_write(options)
     _check_fuse(options)
     if options.is_scratch:
         if options.scratch_bytes < SCRATCH_LEAST:
@@ -70,6 +73,16 @@ def check(options: MountOptions) -> MountOptions:
     if not options.fsname and source == options.image:
         source = image
     return replace(options, image=image, source=source)
+
+
+def _check_max_write(options: MountOptions) -> None:
+    """Each lane keeps room for a write, and one more is needed to let a request wait."""
+    if options.max_write * (options.lanes + 1) > options.memory_bytes // grammar.MAX_WRITE_SHARE:
+        raise UserError(
+            f"max_write={options.max_write >> 10}K with lanes={options.lanes} needs more memory "
+            f"than memory={options.memory_bytes >> 20}M can spare; make one of them smaller",
+            grammar.EXIT_USAGE,
+        )
 
 
 def _check_fuse(options: MountOptions) -> None:
@@ -191,7 +204,7 @@ def _run(
     log: logging.Logger,
 ) -> int:
     """Load the kernels, then serve until unmounted. Returns the daemon's exit status."""
-    from fs import tuning, warmup
+    from fs import warmup
 
     tuning.bound_heap()
     tuning.declare_io_flusher(log)

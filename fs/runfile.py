@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 STARTING, MOUNTED, STOPPING, ENDED = "starting", "mounted", "stopping", "ended"
 
@@ -35,6 +36,7 @@ class Record:
     image_fd: int = -1  # of the daemon, for an image that has no path
     options: str = ""
     log: str = ""
+    negotiated: dict[str, Any] = field(default_factory=dict)  # with the kernel, at INIT
     exit_status: int = 0
     message: str = ""
 

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
@@ -26,6 +27,10 @@ from fs import daemon, mounts, runfile, tuning, warmup
 from fs.device.image import ImageFile
 from fs.errors import UserError
 from fs.front import options as grammar
+from fs.front import statistics
+from fs.front.interpose import fuse_descriptors
+from fs.front.lanes import Lanes
+from fs.front.negotiate import Outcome
 from fs.front.operations import Operations
 from fs.front.options import MountOptions
 from fs.notify import notify, watchdog_seconds
@@ -39,6 +44,7 @@ ANSWER_SECONDS = 60.0  # a statfs that takes longer means that the mount does no
 UNMOUNT_SECONDS = 30.0  # for the kernel to write what it caches before it is cut off
 DRAIN_SECONDS = 60.0  # for requests that run when the mount ends; then they are cancelled
 REPORT_SECONDS = 30.0
+PAGE_SIZE = 4096
 IDLE_TASKS = 16  # request tasks kept, so that a burst starts none
 
 
@@ -69,6 +75,7 @@ class Session:
         self._log = log
         self._vol: Volume | None = None
         self._ops: Operations | None = None
+        self._lanes: Lanes | None = None
         self._mounted = ""  # device number of our mount, once it answers
         self._stopping = trio.Event()
         self._served = trio.Event()
@@ -103,22 +110,51 @@ class Session:
     async def _serve(self, vol: Volume) -> None:
         ops = self._ops = Operations(vol, self.options)
         await ops.start()
+        ops.statistics = self._statistics
+        if self.options.lanes:
+            self._lanes = Lanes(vol, ops, self.options, self._log)
+            if self.options.max_write:
+                tuning.allow_pages(self.options.max_write // PAGE_SIZE + 1, self._log)
+            await self._lanes.start()
         try:
-            with self._fuse(ops):
+            with self._fuse(ops) as session_fd:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(ops.gate.watch)
                     nursery.start_soon(self._announce)
                     with self._serving:
-                        await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=tuning.max_tasks())
+                        await self._loop(session_fd)
                     nursery.cancel_scope.cancel()
         finally:
             self._served.set()
             ops.stop()
+            if self._lanes is not None:
+                self._lanes.stop()
+
+    async def _loop(self, session_fd: int) -> None:
+        """Handle requests until the mount ends or somebody drains it."""
+        async with trio.open_nursery() as nursery:
+            if self._lanes is not None:
+                nursery.start_soon(self._lanes.serve, session_fd, self._agreed)
+            await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=tuning.max_tasks())
+            nursery.cancel_scope.cancel()
+
+    def _statistics(self) -> bytes:
+        """What `nofailfs stat` shows."""
+        assert self._ops is not None
+        front = self._lanes.front if self._lanes is not None else None
+        return statistics.encode(statistics.gather(self._ops.gate, front))
+
+    def _agreed(self, outcome: Outcome) -> None:
+        """What the kernel and we agreed upon, for `nofailfs info`."""
+        outcome = replace(outcome, max_pages=min(outcome.max_pages, tuning.pages_limit()))
+        self._keeper.set(negotiated=asdict(outcome))
+        self._log.debug("negotiated: %s", outcome)
 
     @contextlib.contextmanager
-    def _fuse(self, ops: Operations) -> Iterator[None]:
-        """The kernel's side of the mount."""
+    def _fuse(self, ops: Operations) -> Iterator[int]:
+        """The kernel's side of the mount; yields the descriptor of /dev/fuse."""
         words = [_Utf8(word) for word in grammar.fuse_words(self.options)]
+        before = fuse_descriptors()
         try:
             pyfuse3.init(ops, self.options.mountpoint, set(words))
         except RuntimeError as error:
@@ -127,8 +163,9 @@ class Session:
                 "what libfuse said is above, and `nofailfs doctor` looks for what is missing",
                 mounts.MOUNT_FAILED,
             ) from error
+        (session_fd,) = fuse_descriptors() - before
         try:
-            yield
+            yield session_fd
         finally:
             self._stopping.set()
             self._keeper.set(state=runfile.STOPPING)
@@ -227,7 +264,9 @@ class Session:
 
     async def _drain(self, ops: Operations) -> None:
         """End the FUSE loop; cancel requests that do not come to an end."""
-        if not self._served.is_set():
+        if self._lanes is not None:
+            self._lanes.leave()
+        elif not self._served.is_set():
             pyfuse3.terminate()
         with trio.move_on_after(DRAIN_SECONDS):
             await self._served.wait()

@@ -22,10 +22,42 @@ from fs import mounts
 
 FUSECTL = Path("/sys/fs/fuse/connections")
 THREADS_MAX = Path("/proc/sys/kernel/threads-max")
+PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
+PAGES_LIMIT_FIXED = 256  # of kernels that have no such setting
+LANES_AUTO = 4
+LANES_VARIABLE = "NOFAILFS_LANES"  # what a mount uses that does not say lanes=
 TASKS_LEAST = 4096
 TASK_RESERVE = 1024  # asynchronous requests that belong to no waiting thread
 PR_SET_IO_FLUSHER = 57
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # mallopt(3)
+
+
+def lanes() -> int:
+    """How many lanes a mount gets that does not say: one a core, at most four."""
+    text = os.environ.get(LANES_VARIABLE, "")
+    if text.isascii() and text.isdigit():
+        return int(text)
+    return min(len(os.sched_getaffinity(0)), LANES_AUTO)
+
+
+def allow_pages(pages: int, log: logging.Logger) -> None:
+    """Let a request have so many pages, if the machine's limit is lower and may be raised.
+
+    The limit is the whole machine's and read when a file system is mounted.
+    """
+    try:
+        if int(PAGES_LIMIT.read_text(encoding="ascii")) < pages:
+            PAGES_LIMIT.write_text(f"{pages}\n", encoding="ascii")
+    except (OSError, ValueError) as error:
+        log.info("%s not raised to %d: %s", PAGES_LIMIT, pages, error)
+
+
+def pages_limit() -> int:
+    """The most pages that the kernel lets a request have."""
+    try:
+        return int(PAGES_LIMIT.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return PAGES_LIMIT_FIXED
 
 
 def max_tasks() -> int:

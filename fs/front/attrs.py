@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import time
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,16 @@ CACHE_SECONDS = 3600.0
 PAGE_SIZE = 4096
 RDEV_MINOR_BITS = 18
 RDEV_MAJOR_BITS = 9  # what the kernel stores and reads of the field's 14
+
+# struct fuse_attr; what fuse_attr_out, fuse_entry_out and fuse_statx_out begin with (linux/fuse.h)
+ATTR = struct.Struct("=3Q3q10I")
+ATTR_HEAD = struct.Struct("=QI4x")
+ENTRY = struct.Struct("=4Q2I")
+STATX_HEAD = struct.Struct("=QII16x")
+STATX = struct.Struct("=IIQIIIHxxQQQQ" + "qIxxxx" * 4 + "II8x112x")
+STATX_MASK = 0xFFF  # STATX_BASIC_STATS and STATX_BTIME
+# Inode flags that statx(2) shows.
+STATX_FLAGS = ((L.DIFLAG_IMMUTABLE, 0x10), (L.DIFLAG_APPEND, 0x20), (L.DIFLAG_NODUMP, 0x40))
 
 
 def rdev_of(stored: int) -> int:
@@ -81,3 +92,42 @@ def entry(vol: Volume, ip: Inode, node: int) -> pyfuse3.EntryAttributes:
     out.st_mtime_ns = ip.mtime - EPOCH_NS
     out.st_ctime_ns = ip.ctime - EPOCH_NS
     return out
+
+
+def attr_bytes(reply: pyfuse3.EntryAttributes) -> bytes:
+    """struct fuse_attr."""
+    (atime, atime_ns), (mtime, mtime_ns), (ctime, ctime_ns) = (
+        divmod(stamp, 10**9) for stamp in (reply.st_atime_ns, reply.st_mtime_ns, reply.st_ctime_ns)
+    )
+    return ATTR.pack(
+        *(reply.st_ino, reply.st_size, reply.st_blocks),
+        *(atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
+        *(reply.st_mode, reply.st_nlink, reply.st_uid, reply.st_gid, reply.st_rdev),
+        *(reply.st_blksize, 0),
+    )
+
+
+def attr_out(reply: pyfuse3.EntryAttributes) -> bytes:
+    """struct fuse_attr_out."""
+    return ATTR_HEAD.pack(int(reply.attr_timeout), 0) + attr_bytes(reply)
+
+
+def entry_out(reply: pyfuse3.EntryAttributes) -> bytes:
+    """struct fuse_entry_out."""
+    valid = (int(reply.entry_timeout), int(reply.attr_timeout))
+    return ENTRY.pack(reply.st_ino, reply.generation, *valid, 0, 0) + attr_bytes(reply)
+
+
+def statx_out(vol: Volume, ip: Inode) -> bytes:
+    """struct fuse_statx_out: the attributes with the birth time and the inode's flags."""
+    reply = entry(vol, ip, ip.ino)
+    shown = sum(bit for flag, bit in STATX_FLAGS if ip.flags & flag)
+    stamps = (reply.st_atime_ns, ip.crtime - EPOCH_NS, reply.st_ctime_ns, reply.st_mtime_ns)
+    times = (word for stamp in stamps for word in divmod(stamp, 10**9))
+    return STATX_HEAD.pack(int(CACHE_SECONDS), 0, 0) + STATX.pack(
+        *(STATX_MASK, reply.st_blksize, shown, reply.st_nlink, reply.st_uid, reply.st_gid),
+        *(reply.st_mode, reply.st_ino, reply.st_size, reply.st_blocks),
+        sum(bit for _, bit in STATX_FLAGS),
+        *times,
+        *(os.major(reply.st_rdev), os.minor(reply.st_rdev)),
+    )

@@ -124,15 +124,13 @@ def only_error(error: BaseException) -> BaseException:
     return error
 
 
-def _reply(gate: Gate, name: str, error: Exception) -> pyfuse3.FUSEError:
-    """What the kernel is told."""
+def error_of(gate: Gate, name: str, error: Exception) -> int:
+    """The errno that the kernel is told."""
     cause = only_error(error)
-    if isinstance(cause, pyfuse3.FUSEError):
-        return cause
-    if isinstance(cause, OSError) and cause.errno:
-        return pyfuse3.FUSEError(cause.errno)
+    if isinstance(cause, (pyfuse3.FUSEError, OSError)) and cause.errno:
+        return int(cause.errno)
     gate.broken(name, error)
-    return pyfuse3.FUSEError(errno.EIO)
+    return errno.EIO
 
 
 def _guard(
@@ -149,9 +147,9 @@ def _guard(
         try:
             return await work
         except Exception as error:
-            reply = _reply(gate, name, error)
+            number = error_of(gate, name, error)
             if name not in SILENT:
-                raise reply from None
+                raise pyfuse3.FUSEError(number) from None
         finally:
             gate.leave(ticket)
 

@@ -15,16 +15,17 @@ requests that wait never keep out the ones that they wait for.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 
-from fs import file, namespace, xattr
+from fs import file, links, namespace, xattr
 from fs.cache.inode import Inode
 from fs.front import acl, attrs, handles
 from fs.front.atime import AccessTimes
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 READDIR_BATCH = 64  # entries read under one hold of the directory's lock
 OWN_NAMES = (b".", b"..")
+STATISTICS = b"user.nofailfs.stat"  # an attribute that the root seems to have
+CAPABILITY = b"security.capability"
 
 
 @guarded
@@ -55,10 +58,11 @@ class Operations(pyfuse3.Operations):
         self.gate = Gate(vol, vol.log)
         self.enable_acl = options.acl
         self.enable_writeback_cache = options.cache == "writeback"
-        self._direct = options.cache == "none"
+        self.direct = options.cache == "none"
         self._sync = handles.FULL_SYNC if options.sync else 0
-        self._dirsync = options.sync or options.dirsync
-        self._times = AccessTimes(vol, options.atime, directories=options.diratime)
+        self.dirsync = options.sync or options.dirsync
+        self.times = AccessTimes(vol, options.atime, directories=options.diratime)
+        self.statistics: Callable[[], bytes] | None = None  # what STATISTICS reads
         self._root: Inode | None = None
 
     # -- life -----------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ class Operations(pyfuse3.Operations):
     # -- references -----------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _using(self, *nodes: int) -> AsyncIterator[Any]:
+    async def using(self, *nodes: int) -> AsyncIterator[Any]:
         """Hold the inodes behind FUSE's numbers: one inode, or a tuple of several."""
         held: list[Inode] = []
         try:
@@ -102,37 +106,41 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             raise OSError(errno.ESTALE, f"inode {ino} is gone") from None
 
-    def _opened(self, fh: int) -> Inode:
+    def opened(self, fh: int) -> Inode:
         """The inode of an open file, which its handle keeps in core."""
         return Inode(self.vol.inodes, handles.inode_handle(fh))
 
-    def _looked_up(self, ip: Inode) -> pyfuse3.EntryAttributes:
+    def looked_up(self, ip: Inode) -> pyfuse3.EntryAttributes:
         """Tell the kernel of an inode, and drop our reference."""
         reply = attrs.entry(self.vol, ip, attrs.node_id(self.vol, ip.ino))
         self.vol.inodes.looked_up(ip)
         self.vol.inodes.put(ip)
         return reply
 
+    def forgotten(self, node: int, count: int) -> None:
+        """The kernel takes back so many lookups of an inode."""
+        if node != pyfuse3.ROOT_INODE:
+            self.vol.inodes.forget(node, count)
+
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for node, count in inode_list:
-            if node != pyfuse3.ROOT_INODE:
-                self.vol.inodes.forget(node, count)
+            self.forgotten(node, count)
 
     # -- names ----------------------------------------------------------------------------------
 
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             if name == b".":
-                return self._looked_up(self.vol.inodes.hold(dp.handle))
+                return self.looked_up(self.vol.inodes.hold(dp.handle))
             try:
                 ip = await namespace.lookup(self.vol, dp, name)
             except FileNotFoundError:
-                return self._absent()
-            return self._looked_up(ip)
+                return self.absent()
+            return self.looked_up(ip)
 
-    def _absent(self) -> pyfuse3.EntryAttributes:
+    def absent(self) -> pyfuse3.EntryAttributes:
         """That there is no such name is worth remembering: only this mount can make it."""
         reply = pyfuse3.EntryAttributes()
         reply.st_ino = 0
@@ -142,43 +150,43 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             number = attrs.stored_rdev(rdev) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
             ip = await namespace.create(self.vol, dp, name, mode, ctx.uid, ctx.gid, number)
-            await self._complete(dp, ip)
-            return self._looked_up(ip)
+            await self.complete(dp, ip)
+            return self.looked_up(ip)
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             ip = await namespace.mkdir(self.vol, dp, name, mode, ctx.uid, ctx.gid)
-            await self._complete(dp, ip)
-            return self._looked_up(ip)
+            await self.complete(dp, ip)
+            return self.looked_up(ip)
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             ip = await namespace.symlink(self.vol, dp, name, target, ctx.uid, ctx.gid)
             await self._settle(dp)
-            return self._looked_up(ip)
+            return self.looked_up(ip)
 
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        async with self._using(inode, new_parent_inode) as (ip, dp):
+        async with self.using(inode, new_parent_inode) as (ip, dp):
             await namespace.link(self.vol, dp, new_name, ip)
             await self._settle(dp)
-            return self._looked_up(self.vol.inodes.hold(ip.handle))
+            return self.looked_up(self.vol.inodes.hold(ip.handle))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             await namespace.unlink(self.vol, dp, name)
             await self._settle(dp)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             await namespace.rmdir(self.vol, dp, name)
             await self._settle(dp)
 
@@ -191,17 +199,18 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        async with self._using(parent_inode_old, parent_inode_new) as (odp, ndp):
-            await namespace.rename(self.vol, odp, name_old, ndp, name_new, flags)
+        async with self.using(parent_inode_old, parent_inode_new) as (odp, ndp):
+            owner = (ctx.uid, ctx.gid)  # of what WHITEOUT leaves behind
+            await namespace.rename(self.vol, odp, name_old, ndp, name_new, flags, *owner)
             await self._settle(odp)
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        async with self._using(inode) as ip:
+        async with self.using(inode) as ip:
             target = await namespace.readlink(self.vol, ip)
-            await self._times.touch(ip)
+            await self.times.touch(ip)
             return bytes(target)
 
-    async def _complete(self, dp: Inode, ip: Inode) -> None:
+    async def complete(self, dp: Inode, ip: Inode) -> None:
         """What a new inode still needs. It exists already: a failure is only logged."""
         try:
             if self.enable_acl:
@@ -212,13 +221,13 @@ class Operations(pyfuse3.Operations):
 
     async def _settle(self, dp: Inode) -> None:
         """With `dirsync` a change of names returns when it is on the device."""
-        if self._dirsync:
+        if self.dirsync:
             await file.fsync(self.vol, dp, False)
 
     # -- attributes -----------------------------------------------------------------------------
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        async with self._using(inode) as ip:
+        async with self.using(inode) as ip:
             return attrs.entry(self.vol, ip, ip.ino)
 
     async def setattr(
@@ -229,16 +238,40 @@ class Operations(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        async with self._using(inode) as ip:
+        async with self.using(inode) as ip:
             if fields.update_size:
-                self._check_open(ip, os.O_WRONLY | os.O_TRUNC)
+                self.check_open(ip, os.O_WRONLY | os.O_TRUNC)
                 await file.truncate(self.vol, ip, attr.st_size)
             changes = _changes(attr, fields)
+            await self._lose_privileges(ip, fields, ctx, changes)
             if changes:
                 await namespace.setattr(self.vol, ip, changes)
                 if fields.update_mode and self.enable_acl:
                     await acl.follow_mode(self.vol, ip)
             return attrs.entry(self.vol, ip, ip.ino)
+
+    async def _lose_privileges(
+        self,
+        ip: Inode,
+        fields: pyfuse3.SetattrFields,
+        ctx: pyfuse3.RequestContext,
+        changes: dict[str, int],
+    ) -> None:
+        """A new owner, or another size by an ordinary user, takes set-id bits off a file.
+
+        The kernel leaves that to us where we handle it at writes, and does it as well otherwise;
+        pyfuse3 does not tell which.
+        """
+        chown_to_none = not changes and not fields.update_size  # chown(path, -1, -1)
+        owner = fields.update_uid or fields.update_gid or chown_to_none
+        if stat.S_ISDIR(ip.mode) or not (owner or fields.update_size):
+            return
+        mode = changes.get("mode", ip.mode)
+        if (owner or ctx.uid) and mode != file.unprivileged(mode):
+            changes["mode"] = file.unprivileged(mode)
+        if ip.forkoff:
+            with contextlib.suppress(OSError):
+                await xattr.remove(self.vol, ip, CAPABILITY)
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return True  # the kernel checks: every mount has default_permissions
@@ -251,26 +284,30 @@ class Operations(pyfuse3.Operations):
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
-        async with self._using(inode) as ip:
+        async with self.using(inode) as ip:
+            _check_attributes(ip)
             await xattr.set(self.vol, ip, name, value)
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        async with self._using(inode) as ip:
+        if name == STATISTICS and inode == pyfuse3.ROOT_INODE and self.statistics is not None:
+            return self.statistics()
+        async with self.using(inode) as ip:
             if not ip.forkoff:  # the kernel asks before each write; answer at once
                 raise OSError(pyfuse3.ENOATTR, "no attributes")
             return await xattr.get(self.vol, ip, name)
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        async with self._using(inode) as ip:
+        async with self.using(inode) as ip:
             return await xattr.names(self.vol, ip) if ip.forkoff else []
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        async with self._using(inode) as ip:
+        async with self.using(inode) as ip:
+            _check_attributes(ip)
             await xattr.remove(self.vol, ip, name)
 
     # -- files ----------------------------------------------------------------------------------
 
-    def _check_open(self, ip: Inode, flags: int) -> None:
+    def check_open(self, ip: Inode, flags: int) -> None:
         """Inode flags that forbid what the mode allows. Raises OSError(EPERM)."""
         if not handles.is_writing(flags):
             return
@@ -279,37 +316,41 @@ class Operations(pyfuse3.Operations):
         if ip.flags & L.DIFLAG_APPEND and (flags & os.O_TRUNC or not flags & os.O_APPEND):
             raise OSError(errno.EPERM, "the file is append-only")
 
-    def _file_info(self, ip: Inode, flags: int, uid: int) -> pyfuse3.FileInfo:
+    def file_info(self, ip: Inode, flags: int, uid: int) -> pyfuse3.FileInfo:
         """The reply to an open; the reference on `ip` becomes the file handle's."""
         fh = handles.pack(ip.handle, flags, uid) | self._sync
-        return pyfuse3.FileInfo(fh=fh, direct_io=self._direct, keep_cache=not self._direct)
+        if ip.flags & L.DIFLAG_SYNC:
+            fh |= handles.FULL_SYNC
+        return pyfuse3.FileInfo(fh=fh, direct_io=self.direct, keep_cache=not self.direct)
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        async with self._using(inode) as ip:
-            self._check_open(ip, flags)
+        async with self.using(inode) as ip:
+            self.check_open(ip, flags)
             if flags & os.O_TRUNC and handles.is_writing(flags):
                 await file.truncate(self.vol, ip, 0)
-            return self._file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
+                if ctx.uid and ip.mode != file.unprivileged(ip.mode):
+                    await file.remove_privileges(self.vol, ip)
+            return self.file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
 
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        async with self._using(parent_inode) as dp:
+        async with self.using(parent_inode) as dp:
             ip = await namespace.create(self.vol, dp, name, mode, ctx.uid, ctx.gid)
-            await self._complete(dp, ip)
-            info = self._file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
-            return info, self._looked_up(ip)
+            await self.complete(dp, ip)
+            info = self.file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
+            return info, self.looked_up(ip)
 
     async def read(self, fh: int, off: int, size: int) -> Any:
-        ip = self._opened(fh)
+        ip = self.opened(fh)
         if off < ip.size:
-            await self._times.touch(ip)
+            await self.times.touch(ip)
         return await file.read(self.vol, ip, off, size)  # may be a view: no await behind it
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        ip = self._opened(fh)
+        ip = self.opened(fh)
         # With direct I/O the kernel leaves set-id bits to us; pyfuse3 does not say who writes.
-        kill = self._direct and bool(fh & handles.ORDINARY)
+        kill = self.direct and bool(fh & handles.ORDINARY)
         done = await file.write(self.vol, ip, off, buf, kill_privileges=kill)
         if fh & (handles.DATA_SYNC | handles.FULL_SYNC):
             await file.fsync(self.vol, ip, not fh & handles.FULL_SYNC)
@@ -320,30 +361,29 @@ class Operations(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await file.fsync(self.vol, self._opened(fh), datasync)
+        await file.fsync(self.vol, self.opened(fh), datasync)
+
+    def closed(self, fh: int) -> None:
+        """Nobody has this file or directory open any more: drop the handle's reference."""
+        self.vol.inodes.put(self.opened(fh))
 
     async def release(self, fh: int) -> None:
-        ip = self._opened(fh)
-        try:
-            if not self.vol.shut_down:
-                await file.release(self.vol, ip)
-        finally:
-            self.vol.inodes.put(ip)
+        self.closed(fh)
 
     # -- directories ----------------------------------------------------------------------------
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        async with self._using(inode) as dp:
+        async with self.using(inode) as dp:
             return handles.pack(self.vol.inodes.hold(dp.handle).handle, os.O_RDONLY)
 
     async def releasedir(self, fh: int) -> None:
-        self.vol.inodes.put(self._opened(fh))
+        self.closed(fh)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await file.fsync(self.vol, self._opened(fh), datasync)
+        await file.fsync(self.vol, self.opened(fh), datasync)
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        dp, cookie, told = self._opened(fh), start_id, 0
+        dp, cookie, told = self.opened(fh), start_id, 0
         try:
             while True:
                 async with self.vol.reader(dp) as tp:
@@ -358,7 +398,7 @@ class Operations(pyfuse3.Operations):
             if not told:  # what was told counts as looked up; the error comes with the next call
                 raise
         finally:
-            await self._times.touch(dp, directory=True)
+            await self.times.touch(dp, directory=True)
 
     async def _tell(self, token: pyfuse3.ReaddirToken, name: bytes, ino: int, cookie: int) -> bool:
         """Put one entry into the reply; False if it is full. Counts a lookup if it went in."""
@@ -375,6 +415,12 @@ class Operations(pyfuse3.Operations):
             return fits
         finally:
             self.vol.inodes.put(ip)
+
+
+def _check_attributes(ip: Inode) -> None:
+    """Raises OSError(EPERM) for inodes whose attributes do not change."""
+    if ip.flags & links.FIXED:
+        raise OSError(errno.EPERM, "immutable or append-only")
 
 
 def _changes(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> dict[str, int]:

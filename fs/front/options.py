@@ -25,6 +25,9 @@ MEMORY_DEFAULT = 256 << 20
 MEMORY_MIN = 8 << 20
 CACHE_MODES = ("none", "writethrough", "writeback")
 ATIME_POLICIES = ("relatime", "strictatime", "noatime")
+LANES_MOST = 16
+MAX_WRITE_SHARE = 4  # of memory, at most, is lanes' room for writes
+MAX_WRITE_LEAST, MAX_WRITE_MOST = 128 << 10, 4 << 20
 SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -64,6 +67,8 @@ class MountOptions:
     log: str = ""
     lock_timeout: float = 60.0
     paranoid: bool = False
+    lanes: int = -1  # -1: by the number of cores; 0: pyfuse3 alone
+    max_write: int = 0  # 0: as much as memory allows
     max_background: int = 64
     read_ahead_kb: int = 1024
 
@@ -114,6 +119,22 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise UserError(f"'{text}' is not a positive number", EXIT_USAGE)
     return int(text)
+
+
+def _lanes(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > LANES_MOST:
+        raise UserError(f"lanes={text} is not a number from 0 to {LANES_MOST}", EXIT_USAGE)
+    return int(text)
+
+
+def _max_write(text: str) -> int:
+    size = parse_size(text)
+    if not MAX_WRITE_LEAST <= size <= MAX_WRITE_MOST or size & (size - 1):
+        raise UserError(
+            f"max_write={text} is not a power of two from 128K to {MAX_WRITE_MOST >> 20}M",
+            EXIT_USAGE,
+        )
+    return size
 
 
 def _seconds(text: str) -> float:
@@ -177,6 +198,8 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fsname": ("fsname", str),
     "subtype": ("subtype", str),
     "log": ("log", str),
+    "lanes": ("lanes", _lanes),
+    "max_write": ("max_write", _max_write),
     "lock_timeout": ("lock_timeout", _seconds),
     "max_background": ("max_background", _count),
     "read_ahead_kb": ("read_ahead_kb", _count),

@@ -1,0 +1,85 @@
+"""What serving a request in a lane needs of the message: its words, the reply, the doorbell.
+
+`l` is a Lane everywhere (fs/front/lanestate.py). The message lies in the slot in hand, whole but
+for the payload of a large WRITE. A reply is one write(2) of a 16-byte header and a body to the
+descriptor that the request came from; small ones are built in `l.out`, whose first 16 bytes are
+the header's. Words of a body are stored through `l.out4` and `l.out8`.
+
+The kernel may have given up waiting for a reply (its connection was aborted): that is counted
+and otherwise as good as answered. Kernels only; no lock is held across a write that needs one.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import numpy as np
+
+from alloc.atomic import fetch_or_acq_rel
+from alloc.jit import helper
+from alloc.libc import write_bytes
+from fs.front.lanestate import (
+    ANSWERED,
+    C_BELL,
+    C_BELL_FD,
+    M_FD,
+    M_ONE,
+    M_REFUSED,
+    M_SLOT,
+    M_UNWANTED,
+    S_ADDR,
+)
+from fs.front.wire import H_UNIQUE, OUT_HEADER
+
+ENOENT = 2
+OUT_BODY4, OUT_BODY8 = OUT_HEADER >> 2, OUT_HEADER >> 3  # where a body begins in out4 and out8
+
+
+@helper
+def message(l):
+    """Byte address of the request in the arena."""
+    return l.slots[l.me[M_SLOT], S_ADDR]
+
+
+@helper
+def u32(l, at):
+    """The 32-bit word at a message offset."""
+    return np.int64(l.m4[(message(l) + at) >> 2])
+
+
+@helper
+def u64(l, at):
+    """The 64-bit word at a message offset, signed."""
+    return l.s8[(message(l) + at) >> 3]
+
+
+@helper
+def head(l, error, nbytes):
+    """Build the reply's header for a body of nbytes; `error` is a positive errno or 0."""
+    l.out4[0] = np.uint32(OUT_HEADER + nbytes)
+    l.out4[1] = np.uint32(-error & 0xFFFFFFFF)
+    l.out8[1] = u64(l, H_UNIQUE)
+
+
+@helper
+def note_reply(l, put):
+    """Count a reply that the kernel did not take; `put` is what write(2) returned."""
+    if put == -ENOENT:
+        l.me[M_UNWANTED] += 1
+    elif put < 0:
+        l.me[M_REFUSED] += 1
+    return np.int64(ANSWERED)
+
+
+@helper
+def reply(l, error, nbytes):
+    """Answer with an error or with the nbytes that stand in l.out behind the header."""
+    head(l, error, nbytes)
+    return note_reply(l, write_bytes(l.me[M_FD], l.out, 0, OUT_HEADER + nbytes))
+
+
+@helper
+def bell(l, bits):
+    """Wake trio for what `bits` say; store first what it shall find."""
+    if fetch_or_acq_rel(l.control, C_BELL, bits) == 0:
+        write_bytes(l.control[C_BELL_FD], l.me, M_ONE, 8)
