@@ -30,6 +30,9 @@ if "NOFAILFS_CACHE_DIR" not in os.environ:
     os.environ["NOFAILFS_CACHE_DIR"] = _cache
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
+if "NOFAILFS_TEST_LANES" in os.environ:  # of every mount that does not say lanes=
+    os.environ["NOFAILFS_LANES"] = os.environ["NOFAILFS_TEST_LANES"]
+
 from tests import support
 from tools.targets import scratch_dir
 

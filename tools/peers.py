@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -116,7 +117,8 @@ def passthroughfs(scratch: Path) -> Iterator[Target]:
 @contextmanager
 def fuse2fs(scratch: Path, size: int) -> Iterator[Target]:
     """Debian's ext4 in user space on an image in memory."""
-    find_tool("fuse2fs")
+    if shutil.which("fuse2fs") is None:
+        raise TargetError("not installed: apt-get install fuse2fs")
     image, where = scratch / "ext4.img", scratch / "fuse2fs.mnt"
     with open(image, "wb") as file:
         file.truncate(size)

@@ -160,6 +160,41 @@ async def test_against_a_model(tmp_path: Path, args: tuple[str, ...]) -> None:
     support.assert_clean(path)
 
 
+@images
+async def test_shifting_against_a_model(tmp_path: Path, args: tuple[str, ...]) -> None:
+    """Put holes in and take parts out, at random places between allocations."""
+    path = make_image(tmp_path, *args)
+    rng = random.Random(8)
+    model: dict[int, bool] = {}
+    async with opened(path) as vol, file_of(vol) as ip:
+        for turn in range(80):
+            for _ in range(5):
+                async with change(vol, ip) as tp:
+                    offset, count = rng.randrange(500), rng.randrange(1, 12)
+                    await fill(tp, ip, offset, count, rng.random() < 0.3, model)
+            at, by = rng.randrange(500), rng.randrange(1, 30)
+            edge: int | None = L.FILE_OFFSET_MAX if turn % 2 else at + by
+            async with change(vol, ip) as tp:
+                if turn % 2:
+                    await bmap.split(tp, ip, at)
+                else:
+                    assert await bmap.unmap(tp, ip, at, by)
+            while edge is not None:
+                async with change(vol, ip, 0) as tp:
+                    if turn % 2:
+                        edge = await bmap.shift_right(tp, ip, at, by, edge)
+                    else:
+                        edge = await bmap.shift_left(tp, ip, edge, by)
+            if turn % 2:
+                model = {b + by * (b >= at): state for b, state in model.items()}
+            else:
+                kept = {b: state for b, state in model.items() if not at <= b < at + by}
+                model = {b - by * (b > at): state for b, state in kept.items()}
+            await sound(vol, ip, model)
+        assert ip.nextents > 2 * bmap.SHIFT_EXTENTS
+    support.assert_clean(path)
+
+
 async def fill(
     tp: Transaction, ip: Inode, offset: int, count: int, unwritten: bool, model: dict[int, bool]
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from alloc.arena import Arena
+from alloc.jit import probe
 from fs.cache import dentry
 from fs.cache.dentry import DentryCache
 from fs.cache.thread import bucket_of
@@ -22,6 +23,11 @@ async def cache() -> AsyncIterator[DentryCache]:
     await names.start()
     yield names
     arena.close()
+
+
+@probe
+def bucket(buckets, key):
+    return bucket_of(buckets, key)
 
 
 def directory(ino: int, gen: int = 1) -> Any:
@@ -41,7 +47,7 @@ def check_lists(cache: DentryCache) -> int:
         h = int(table["lru_prev"][h])
     assert forward == backward[::-1]
     for entry in forward:
-        h = int(buckets[bucket_of(buckets, int(table["hash"][entry]))])
+        h = int(buckets[bucket(buckets, int(table["hash"][entry]))])
         while h != entry:
             assert h, "an entry is on no chain"
             h = int(table["hash_next"][h])

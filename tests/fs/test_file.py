@@ -172,6 +172,32 @@ async def test_sequential_reads_grow_the_window(scratch: Path) -> None:
         assert [length for _, length in vol.dev.reads] == [4096]
 
 
+async def test_requests_that_overtake_each_other_are_sequential(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """As the kernel reads ahead: 32 KiB each, four under way, in any order."""
+    image, rng, step = support.mkfs(scratch), random.Random(3), 32 << 10
+    async with opened(image, 64 << 20, pause_s=0.01) as vol, a_file(vol) as ip:
+        content = rng.randbytes(8 << 20)
+        await file.write(vol, ip, 0, content)
+        await drop_caches(vol)
+        assert isinstance(vol.dev, SlowImage)
+        vol.dev.reads.clear()
+
+        async def read(at: int) -> None:
+            await trio.sleep(rng.random() * 0.001)
+            assert bytes(await file.read(vol, ip, at, step)) == content[at : at + step]
+
+        for first in range(0, len(content), 4 * step):
+            async with trio.open_nursery() as nursery:
+                for at in range(first, first + 4 * step, step):
+                    nursery.start_soon(read, at)
+        sizes = [length for _, length in vol.dev.reads]
+        assert sum(sizes) == len(content)
+        assert len(sizes) < 64  # about 25, by the order in which trio runs the readers
+        assert max(sizes) >= 512 << 10
+
+
 async def test_readers_of_one_folio_share_its_read(
     scratch: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -569,3 +595,20 @@ async def test_a_shutdown_lets_everybody_go(
             assert vol.pages.dirty.nr_writeback == 0
     device.close()
     assert sorted(ended) == ["syncer", "writer", "writer"]
+
+
+async def test_a_size_is_not_logged_before_its_data(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with opened(support.mkfs(scratch), pause_s=0.5) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, b"x" * 100)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.fsync, vol, ip)
+            while not vol.pages.dirty.nr_writeback:
+                await trio.sleep(0.01)
+            assert await file.write(vol, ip, 100, b"y" * 200) == 200  # into the same block
+            assert vol.pages.dirty.nr_writeback == vol.pages.dirty.nr_dirty == 1
+        assert (ip.size, ip.disk_size) == (300, 100)
+        await file.fsync(vol, ip)
+        assert (ip.size, ip.disk_size) == (300, 300)
+        assert not vol.pages.busy(ip.handle)

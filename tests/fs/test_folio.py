@@ -12,11 +12,16 @@ from hypothesis import strategies as st
 
 from alloc import gfp
 from alloc.page import DIRTY, LOCKED, WRITEBACK
-from fs import file
-from fs.cache import blocks, gather, radix, readahead
+from fs import delalloc, file
+from fs.cache import blocks, gather, mapping, radix, readahead
 from fs.cache.folio import ORDER_MAX, write_order
+from fs.cache.incore import I4_MAPPING, I8_SIZE, INODE
+from fs.cache.mapping import W_DELALLOC, W_FLAGS, W_INDIRECT, W_NDIRTY, W_PENDING
+from fs.xfs import layout as L
 from tests import support
 from tests.fs.imagefiles import a_file, opened
+from writeback.dirty import NR_COUNTS
+from writeback.mapping import INODE_DIRTY, LISTED
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -192,9 +197,9 @@ class Cached:
         self.blocks = np.zeros(pages, np.uint32)
         self.mapping = np.zeros(pages, np.uint32)
         self.refs = np.ones(pages, np.int32)
-        self.counts = np.zeros(4, np.int64)
+        self.counts = np.zeros(NR_COUNTS, np.int64)
         self.out = np.zeros(4, np.int64)
-        self.root = 16
+        self.root = I4_MAPPING  # of inode 0
         self.state: dict[int, set[int]] = {}  # block -> bits
         self.bytes = bytearray()
         spare = np.arange(1, 60, dtype=np.uint32)
@@ -323,7 +328,8 @@ def test_gather_takes_every_dirty_block_once(block_log: int, orders: list[int], 
         cache.change(block, block + 1, blocks.RESERVED, 0, 0)
         assert cache.copy_in(block << block_log, b"x" * (1 << block_log)) == 1 << block_log
     folios, runs = np.zeros(64, np.int64), np.zeros((4096, 2), np.int64)
-    meta, rotate = np.zeros(4, np.int64), np.zeros(64, np.int64)
+    meta, rotate = np.zeros(5, np.int64), np.zeros(64, np.int64)
+    cache.m8[I8_SIZE] = seed
     got: list[int] = []
     index = 0
     tagged = (cache.m4, cache.m8, cache.flags, cache.orders, cache.indices)
@@ -339,6 +345,7 @@ def test_gather_takes_every_dirty_block_once(block_log: int, orders: list[int], 
         for first, count in runs[: meta[1]].tolist():
             got += range(first, first + count)
         assert cache.counts[1] == meta[2]  # under write-back
+        assert meta[4] == seed  # the size that covers what was taken
         n = gather.finish(*tagged, cache.counts, cache.root, folios, int(meta[0]), rotate)
         assert n == 0
     assert got == dirty
@@ -354,3 +361,123 @@ def test_is_zero() -> None:
     assert not blocks.is_zero(memory, 50, 1)
     assert blocks.is_zero(memory, 51, 49)
     assert blocks.is_zero(memory, 50, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([10, 12, 16]),
+    st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    st.integers(0, 1 << 30),
+)
+def test_cut_equals_the_naive_twin(block_log: int, orders: list[int], seed: int) -> None:
+    cache, rng = Cached(block_log, orders), random.Random(seed)
+    numbers = sorted(cache.state)
+    for block in rng.sample(numbers, rng.randint(1, len(numbers))):
+        bits = {blocks.PENDING} | ({blocks.RESERVED} if rng.random() < 0.5 else set())
+        cache.change(block, block + 1, sum(bits), 0, 0)
+        cache.state[block] |= bits
+        if rng.random() < 0.7:
+            data = rng.randbytes(1 << block_log)
+            assert cache.copy_in(block << block_log, data) == cache.naive_copy_in(
+                block << block_log, data
+            )
+    cache.m4[cache.root + W_NDIRTY] = cache.counts[0]
+    pfn = rng.choice(cache.pfns)
+    base = int(cache.indices[pfn]) << 12
+    end = base + (4096 << int(cache.orders[pfn]))
+    start = rng.randrange(base, end)
+    blocks.cut(
+        cache.m4, cache.m8, cache.mem, cache.flags, cache.orders, cache.indices, cache.blocks,
+        cache.counts, cache.root, pfn, block_log, start, end, cache.out,
+    )  # fmt: skip
+    inside = range(-(-start >> block_log), end >> block_log)
+    assert cache.out[0] == sum(blocks.RESERVED in cache.state[b] for b in inside)
+    assert cache.out[1] == sum(blocks.PENDING in cache.state[b] for b in inside)
+    cache.bytes[start:end] = bytes(end - start)
+    for block in inside:
+        cache.state[block] = set()
+    here = range(base >> block_log, end >> block_log)
+    dirty = any(blocks.DIRTY_BLOCK in cache.state[b] for b in here)
+    assert bool(cache.flags[pfn] & DIRTY) == dirty
+    pages = sum(1 << int(cache.orders[p]) for p in cache.pfns if cache.flags[p] & DIRTY)
+    assert cache.counts[0] == cache.m4[cache.root + W_NDIRTY] == pages
+    args = (cache.m4, cache.m8, cache.orders, cache.root)
+    assert radix.marked(*args, base >> 12, radix.DIRTY) == dirty
+    for block in numbers:
+        at = block << block_log
+        assert cache.copy_out(at, 1 << block_log) == cache.naive_copy_out(at, 1 << block_log)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([10, 12, 16]),
+    st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    st.integers(0, 1 << 30),
+)
+def test_settle_equals_the_naive_twin(block_log: int, orders: list[int], seed: int) -> None:
+    cache, rng = Cached(block_log, orders), random.Random(seed)
+    numbers = sorted(cache.state)
+    for block in numbers:
+        bits = {b for b in (blocks.RESERVED, blocks.PENDING) if rng.random() < 0.5}
+        cache.change(block, block + 1, sum(bits), 0, 0)
+        cache.state[block] |= bits
+    runs, at = np.zeros((64, 2), np.int64), 0
+    nruns = 0
+    while at < len(numbers) and nruns < 60:
+        at += rng.randrange(4)
+        count = min(rng.randint(1, 5), len(numbers) - at)
+        if count > 0:
+            runs[nruns] = (numbers[at], count)
+            nruns += 1
+        at += count
+    chosen = [b for first, n in runs[:nruns].tolist() for b in range(first, first + n)]
+    data = sum(blocks.RESERVED in cache.state.get(b, ()) for b in chosen)
+    pending = sum(blocks.PENDING in cache.state.get(b, ()) for b in chosen)
+    cache.m4[cache.root + W_DELALLOC] = data + 3
+    cache.m4[cache.root + W_PENDING] = pending
+    cache.m4[cache.root + W_INDIRECT] = 9
+    mapped = rng.choice((0, blocks.MAPPED))
+    freed = delalloc._settle(
+        cache.m4, cache.orders, cache.indices, cache.blocks, cache.root, block_log, runs, nruns,
+        mapped, L.FMT_EXTENTS, 2, 5, 100,
+    )  # fmt: skip
+    assert freed == data + 9
+    words = [int(cache.m4[cache.root + w]) for w in (W_DELALLOC, W_PENDING, W_INDIRECT)]
+    assert words == [3, 0, 0]
+    for block in numbers:
+        if block in chosen:
+            cache.state[block] -= {blocks.RESERVED, blocks.PENDING}
+            cache.state[block] |= {mapped} - {0}
+        for bit in (blocks.RESERVED, blocks.PENDING, blocks.MAPPED):
+            assert cache.change(block, block + 1, 0, 0, bit) == (bit in cache.state[block])
+
+
+def test_a_write_is_noted_in_the_record() -> None:
+    table = np.zeros(4, INODE)
+    m4, s8 = table.view(np.uint32), table.view(np.int64)
+    handle = 2
+    table["size"][handle], table["changecount"][handle] = 5000, 7
+    table["mapping"]["flags"][handle] = LISTED
+    for end, size in ((0, 5000), (4000, 5000), (6000, 6000)):
+        blocks.written(m4, s8, handle, end, 1234 + end)
+        assert table["size"][handle] == size
+        assert table["mtime"][handle] == table["ctime"][handle] == 1234 + end
+    assert table["changecount"][handle] == 10
+    assert table["mapping"]["flags"][handle] == LISTED | INODE_DIRTY
+    assert not table["mapping"]["lock"].any()
+    assert not table["size"][[0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("listed", [0, LISTED])
+@pytest.mark.parametrize("other", [0, INODE_DIRTY])
+@pytest.mark.parametrize("ndirty", [0, 3])
+def test_only_what_is_clean_leaves_the_list(listed: int, other: int, ndirty: int) -> None:
+    m4 = np.zeros(64, np.uint32)
+    m4[W_NDIRTY] = ndirty
+    assert mapping.change_flags(m4, 0, listed | other, 0) == 0
+    leaves = bool(listed and not other and not ndirty)
+    assert mapping.unlist(m4, 0) == leaves
+    assert m4[W_FLAGS] == (0 if leaves else listed | other)
+    assert mapping.change_flags(m4, 0, 0, INODE_DIRTY) == (0 if leaves else listed | other)
+    assert m4[W_FLAGS] == (0 if leaves else listed)
+    assert not m4[radix.R_LOCK]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fs import logs, mounts, tuning
+from fs import logs, mount, mounts, tuning
 from fs.errors import UserError
+from fs.front import options as grammar
 from fs.notify import notify, watchdog_seconds
 
 TABLE = (
@@ -118,3 +120,33 @@ def test_there_are_more_tasks_than_threads(monkeypatch: pytest.MonkeyPatch, tmp_
     assert tuning.max_tasks() > tuning.TASKS_LEAST
     limit.write_text("63000\n")
     assert tuning.max_tasks() > 63000
+
+
+def test_lanes_follow_the_cores_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuning.LANES_VARIABLE, raising=False)
+    for cores, lanes in ((1, 1), (3, 3), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        assert tuning.lanes() == lanes
+    monkeypatch.setenv(tuning.LANES_VARIABLE, "0")
+    assert tuning.lanes() == 0
+
+
+def test_the_pages_of_a_request_are_raised_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit, log = tmp_path / "max_pages_limit", logging.getLogger("nofailfs")
+    monkeypatch.setattr(tuning, "PAGES_LIMIT", limit)
+    assert tuning.pages_limit() == 256
+    tuning.allow_pages(257, log)  # nothing to raise here
+    limit.write_text("256\n")
+    tuning.allow_pages(257, log)
+    assert tuning.pages_limit() == 257
+    tuning.allow_pages(33, log)
+    assert tuning.pages_limit() == 257
+
+
+def test_a_write_must_fit_into_memory_for_each_lane() -> None:
+    options = replace(grammar.parse(["memory=8M,max_write=1M"]), lanes=1)
+    mount._check_max_write(options)
+    with pytest.raises(UserError, match="needs more memory"):
+        mount._check_max_write(replace(options, lanes=2))

@@ -38,6 +38,8 @@ def renameat2(old: Path, new: Path, flags: int) -> None:
 class Mirror:
     """The same operations on a volume and on a directory of the host."""
 
+    rename_flags: tuple[int, ...] = (0, 0, 0, namespace.NOREPLACE, namespace.EXCHANGE)
+
     def __init__(self, vol: Volume, host: Path, seed: int) -> None:
         self.vol, self.host, self.rng = vol, host, random.Random(seed)
         self.host.mkdir()
@@ -90,7 +92,7 @@ class Mirror:
                 lambda: os.link(self.on_host(a), self.on_host(b), follow_symlinks=False),
             )
         else:
-            flags = self.rng.choice((0, 0, 0, namespace.NOREPLACE, namespace.EXCHANGE))
+            flags = self.rng.choice(self.rename_flags)
             await self.both(
                 f"rename {a} {b} flags {flags}",
                 lambda: self.rename(a, b, flags),

@@ -84,11 +84,23 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
     assert refused.value.exit_code == 1
 
 
-@pytest.mark.parametrize("word", ["memory=1M", "cache=all", "lock_timeout=soon", "debug=maybe"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("memory=1M", "cache=all", "lock_timeout=soon", "debug=maybe", "lanes=17", "lanes=-1"),
+        *("lanes=many", "max_write=64K", "max_write=8M", "max_write=300K", "max_write=1MM"),
+    ],
+)
 def test_values_are_checked(word: str) -> None:
     with pytest.raises(UserError) as refused:
         parse(word)
     assert refused.value.exit_code == 1
+
+
+def test_lanes_and_writes() -> None:
+    assert parse().lanes == -1
+    assert parse("lanes=0").lanes == 0
+    assert parse("lanes=16,max_write=4M").max_write == 4 << 20
 
 
 def test_a_remount_gets_back_what_the_mount_table_shows() -> None:

@@ -8,7 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from fs.space import Space
+from alloc.jit import kernel
+from fs import space as fs_space
+from fs.space import SP_STASH, STASH_MAX, T_VALID, Space
+
+
+@kernel("b1(i8[::1], i8)")
+def take_stash(words, blocks):
+    return fs_space.take_stash(words, blocks)
 
 
 def make(free: int = 1000, unavailable: int = 100) -> Space:
@@ -69,3 +76,77 @@ def test_random_promises_never_exceed_what_is_free() -> None:
             space.release_delalloc(held.pop(rng.randrange(len(held))))
         assert space.delalloc == sum(held)
         assert space.unpromised >= space.pool or not held
+
+
+# -- the stash ---------------------------------------------------------------------------------
+
+
+def test_the_stash_is_an_eighth_and_free_to_users() -> None:
+    space = make()
+    space.refill_stash()
+    assert space.stash == 0  # nobody has lanes
+    space.open_stash()
+    assert space.stash == space.delalloc == 850 // 8
+    assert space.available == 850
+    space.free = 1_000_000
+    space.refill_stash()
+    assert space.stash == STASH_MAX
+
+
+def test_a_lane_takes_all_or_nothing() -> None:
+    space = make()
+    space.open_stash()
+    full = space.stash
+    assert not take_stash(space.words, full + 1)
+    assert take_stash(space.words, 6)
+    assert space.stash == full - 6
+    assert space.delalloc == full  # the promise is the lane's now
+    assert space.available == 850 - 6
+    space.refill_stash()
+    assert space.stash == full - 6  # above half: left alone
+    assert take_stash(space.words, full - 6 - 30)
+    space.refill_stash()
+    assert space.stash == (850 - full + 30) // 8
+
+
+def test_who_would_meet_enospc_gets_the_stash() -> None:
+    space = make()
+    space.open_stash()
+    assert take_stash(space.words, 10)
+    with pytest.raises(OSError):
+        space.reserve(841)
+    assert space.reserved == 0
+    space.open_stash()
+    space.reserve(840)
+    assert (space.stash, space.delalloc, space.available) == (0, 10, 0)
+    space.release(840)
+    space.open_stash()
+    space.reserve_delalloc(840)
+    assert (space.stash, space.delalloc) == (0, 850)
+    space.release_delalloc(850)
+    space.open_stash()
+    with pytest.raises(AssertionError):
+        space.release_delalloc(1)  # nobody was promised it
+    space.close_stash()
+    assert (space.stash, space.delalloc) == (0, 0)
+    space.refill_stash()
+    assert space.words[SP_STASH] == 0
+
+
+def test_every_change_makes_the_totals_stale() -> None:
+    space = make()
+    changes = [
+        lambda: space.reserve(4),
+        lambda: space.release(2),
+        lambda: space.reserve_delalloc(3),
+        lambda: space.release_delalloc(1),
+        lambda: space.delalloc_to_reserved(1),
+        lambda: space.note_free(1),
+        space.changed,
+    ]
+    for change in changes:
+        before = space.changes
+        space.totals[T_VALID] = 1
+        change()
+        assert space.totals[T_VALID] == 0
+        assert space.changes > before

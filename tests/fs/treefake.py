@@ -44,7 +44,7 @@ class World:
         assert daddr in self.used, f"block {daddr} was freed"
         return FakeBuf(self, daddr)
 
-    async def get(self, daddr: int, bbs: int, ops: Any) -> FakeBuf:
+    async def get(self, daddr: int, bbs: int, ops: Any, owner: int) -> FakeBuf:
         buf = FakeBuf(self, daddr)
         self.mem[buf.addr : buf.addr + buf.size] = 0
         return buf

@@ -126,7 +126,7 @@ async def test_an_exception_becomes_eio_and_a_shutdown(
     async def broken(*args: Any, **named: Any) -> None:
         raise ZeroDivisionError(place)
 
-    async with served(image, where) as session:
+    async with served(image, where, "lanes=0") as session:
         await away(lambda: furnish(where))
         with monkeypatch.context() as planted:
             planted.setattr(module, name, broken)
