@@ -11,7 +11,6 @@ import pytest
 from tests import support
 from tools import fsx
 
-
 BY_THE_CLIENT = {"collapse", "insert"}  # Linux's FUSE client refuses these without asking
 
 
