@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 import threading
@@ -68,6 +69,7 @@ class Device:
         out: list[list[int]] = []
         some = np.zeros((8, ring.CELL_WORDS), np.int64)
         while len(out) < count:
+            assert select.select([self.bell], [], [], SECONDS)[0], "the lane does not ring"
             os.eventfd_read(self.bell)
             ring.answer_bell(self.front.control)
             n = int(ring.take(self.front.control, self.front.ring, some))
@@ -91,6 +93,8 @@ async def device(scratch: Path) -> AsyncIterator[Device]:
         await front.start()
         made = Device(front)
         try:
+            while made.lane.me[S.M_SLOT] < 0 or not made.lane.me[S.M_PAYLOAD]:
+                await trio.sleep(0.001)  # from here on the lane waits for a message
             yield made
         finally:
             made.close()
