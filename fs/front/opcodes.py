@@ -147,6 +147,9 @@ async def _fallocate(front: Front, msg: memoryview, slot: int) -> bytes:
 
 
 async def _lseek(front: Front, msg: memoryview, slot: int) -> bytes:
+    if front.ops.enable_writeback_cache:
+        # The kernel asks without writing what it caches, so holes here may be data there.
+        raise OSError(errno.ENOSYS, "with cache=writeback only the kernel knows what is data")
     fh, offset, whence = fields(LSEEK_IN, msg)
     return LSEEK_OUT.pack(await seek.seek(front.vol, front.ops.opened(fh), offset, whence))
 

@@ -99,7 +99,7 @@ def test_shared_mappings(mounted: tuple[str, Path]) -> None:
     path = here / "mapped"
     path.write_bytes(bytes(8192))
     with open(path, "r+b") as file:
-        if mode == "none":
+        if mode == "none" and os.environ.get("NOFAILFS_LANES") == "0":
             with pytest.raises(OSError, match="No such device"):
                 mmap.mmap(file.fileno(), 8192)
             return
