@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,25 +80,30 @@ def passthrough_ll(scratch: Path) -> Iterator[Target]:
 
 
 def _passthroughfs_source(scratch: Path) -> Path:
-    """The example of pyfuse3's source distribution, of the version that is installed."""
-    found = next(scratch.glob("pyfuse3-*/examples/passthroughfs.py"), None)
+    """The example of pyfuse3's source distribution, of the version that is installed.
+
+    pip unpacks a source distribution before it asks its build system what it is. That system need
+    not be here, and its answer does not matter: what was unpacked stays.
+    """
+    place = scratch / "pip"
+    place.mkdir(exist_ok=True)
+    found = next(place.glob("**/examples/passthroughfs.py"), None)
     if found is not None:
         return found
-    version = metadata.version("pyfuse3")
-    words = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(scratch)]
+    words = ["--quiet", "--no-deps", "--no-build-isolation", "--no-clean", "--no-binary", ":all:"]
+    wanted = f"pyfuse3=={metadata.version('pyfuse3')}"
     done = subprocess.run(
-        [sys.executable, "-m", "pip", *words, f"pyfuse3=={version}"],
+        [sys.executable, "-m", "pip", "download", *words, "--dest", str(place), wanted],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        env={**os.environ, "TMPDIR": str(place)},
     )
-    archive = next(scratch.glob("pyfuse3-*.tar.gz"), None)
-    if archive is None:
+    found = next(place.glob("**/examples/passthroughfs.py"), None)
+    if found is None:
         said = done.stderr.strip().splitlines()
         raise TargetError(f"pyfuse3's source distribution: {said[-1] if said else 'none came'}")
-    with tarfile.open(archive) as tar:
-        tar.extractall(scratch, filter="data")
-    return next(scratch.glob("pyfuse3-*/examples/passthroughfs.py"))
+    return found
 
 
 @contextmanager
