@@ -29,6 +29,7 @@ from tests.mount.test_handlers import away, error_of, served
 
 pytestmark = [pytest.mark.mount, support.needs_root, support.needs_fuse]
 
+LANES = "lanes=2"  # pyfuse3 alone has no such requests
 KIB = 1024
 PUNCH, ZERO, KEEP = 3, 16, 1
 SYS_RENAMEAT2, SYS_STATX, AT_FDCWD = 316, 332, -100  # x86-64
@@ -313,7 +314,7 @@ def test_programs_see_what_xfs_shows_them(scratch: Path, mkfs_args: tuple[str, .
     ours = support.mkfs(scratch, *mkfs_args, name="ours")
     theirs = support.mkfs(scratch, *mkfs_args, name="theirs")
     scratch.chmod(0o755)  # ordinary users take part
-    with support.our_mount(ours, scratch / "mnt", options="allow_other") as mounted:
+    with support.our_mount(ours, scratch / "mnt", options=f"{LANES},allow_other") as mounted:
         observed = {check.__name__: check(mounted.path) for check in CHECKS}
         left = kernel_tree.snapshot(mounted.path)
     with support.kernel_mount(theirs, scratch / "kernel") as there:
@@ -335,7 +336,7 @@ def statx_btime(path: Path) -> tuple[int, int, int]:
 
 def test_birth_times_are_those_in_the_image(scratch: Path) -> None:
     image = support.mkfs(scratch)
-    with support.our_mount(image, scratch / "mnt") as mounted:
+    with support.our_mount(image, scratch / "mnt", options=LANES) as mounted:
         (mounted.path / "file").write_text("text")
         (mounted.path / "dir").mkdir()
         born = {name: statx_btime(mounted.path / name) for name in ("file", "dir", ".")}
@@ -346,7 +347,7 @@ def test_birth_times_are_those_in_the_image(scratch: Path) -> None:
 
 def test_trim_gives_space_back_to_the_host(scratch: Path) -> None:
     image = support.mkfs(scratch)
-    with support.our_mount(image, scratch / "mnt") as mounted:
+    with support.our_mount(image, scratch / "mnt", options=LANES) as mounted:
         big = mounted.path / "big"
         big.write_bytes(os.urandom(16 << 20))
         os.sync()
@@ -362,7 +363,7 @@ def test_trim_gives_space_back_to_the_host(scratch: Path) -> None:
 
 def test_the_label_can_be_changed(scratch: Path) -> None:
     image = support.mkfs(scratch, "-L", "before")
-    with support.our_mount(image, scratch / "mnt") as mounted:
+    with support.our_mount(image, scratch / "mnt", options=LANES) as mounted:
         fd = os.open(mounted.path, os.O_RDONLY)
         label = array.array("B", bytes(256))
         fcntl.ioctl(fd, ioctl.GETFSLABEL, label)
@@ -375,7 +376,7 @@ def test_the_label_can_be_changed(scratch: Path) -> None:
 
 
 def test_statistics_are_an_attribute_of_the_root(scratch: Path) -> None:
-    with support.our_mount(support.mkfs(scratch), scratch / "mnt") as mounted:
+    with support.our_mount(support.mkfs(scratch), scratch / "mnt", options=LANES) as mounted:
         assert os.getxattr(mounted.path, "user.nofailfs.stat")
         assert os.listxattr(mounted.path) == []
         (mounted.path / "file").touch()
@@ -410,7 +411,7 @@ async def test_a_shutdown_by_ioctl(scratch: Path, allow_logs: AllowLogs) -> None
         finally:
             os.close(fd)
 
-    async with served(image, where, "allow_other") as session:
+    async with served(image, where, f"{LANES},allow_other") as session:
         await away(lambda: (where / "file").write_bytes(b"kept"))
         assert await away(lambda: go_down(NOBODY)) == errno.EPERM
         assert await away(lambda: go_down(0)) == 0
