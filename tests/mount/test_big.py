@@ -114,5 +114,6 @@ def test_fio_verifies_four_times_the_memory(scratch: Path) -> None:
     with support.our_mount(image, scratch / "mnt", memory="64M") as mount:
         result = fiorun.run("verify", mount.path, 64 << 20)  # each of four jobs
         assert result.errors == 0, result.text
-        support.assert_small(mount)
+        # without lanes pyfuse3 keeps each job's request outside the arena
+        support.assert_small(mount, waiting=4 if os.environ.get("NOFAILFS_LANES") == "0" else 0)
     support.assert_clean(image)
