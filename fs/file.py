@@ -37,13 +37,11 @@ Buffer = bytes | bytearray | memoryview
 # -- reading -----------------------------------------------------------------------------------
 
 
-async def read(vol: Volume, ip: Inode, offset: int, size: int) -> Buffer:
+async def read(vol: Volume, ip: Inode, offset: int, size: int) -> bytes | bytearray:
     """Up to `size` bytes at `offset`; fewer only at the end of the file.
 
-    The result may be a view of cached memory: the memory stays the file's until the caller's next
-    await. The IOLOCK is free again, so where there are lanes one of them may write into it
-    meanwhile; they answer reads under the lock (`fs/front/laneread.py`). Raises OSError(EIO),
-    Corrupt, ShutDown.
+    The result is a copy, taken under the IOLOCK: no lane writes into it afterwards. Raises
+    OSError(EINVAL, EIO), Corrupt, ShutDown.
     """
     vol.check_alive()
     if offset < 0 or size < 0:
@@ -62,7 +60,7 @@ async def read(vol: Volume, ip: Inode, offset: int, size: int) -> Buffer:
         if addr >= 0:
             if hint[1]:
                 vol.arena.lru.mark_accessed(int(hint[1]))
-            return pages.view[addr : addr + length]
+            return bytes(pages.view[addr : addr + length])
         return await read_slowly(vol, ip, offset, length)
     finally:
         locks.release(handle)

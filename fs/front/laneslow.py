@@ -12,6 +12,7 @@ replied, and raise OSError for what the request is to fail with.
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,7 +60,7 @@ async def read(front: Front, msg: memoryview, slot: int) -> file.Buffer | None:
     vol, ip = front.vol, front.ops.opened(fh)
     vol.check_alive()
     if offset < 0:
-        return await file.read(vol, ip, offset, size)
+        raise OSError(errno.EINVAL, "negative position")
     if offset < ip.size:
         await front.ops.times.touch(ip)
     async with vol.iolock(ip, shared=True):

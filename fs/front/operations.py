@@ -345,7 +345,7 @@ class Operations(pyfuse3.Operations):
         ip = self.opened(fh)
         if off < ip.size:
             await self.times.touch(ip)
-        return await file.read(self.vol, ip, off, size)  # may be a view: no await behind it
+        return await file.read(self.vol, ip, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         ip = self.opened(fh)
