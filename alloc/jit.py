@@ -132,21 +132,24 @@ def _one_warmer() -> Iterator[None]:
         yield
 
 
-def warm(progress: Callable[[int, int], None] | None = None) -> int:
+def warm(progress: Callable[[int, int], None] | None = None, without: str = "") -> int:
     """Compile or load every registered kernel; returns how many there are.
+
+    Those in modules whose names begin with `without` are left out, if it is given.
 
     `progress(done, total)` is called before each one. Raises RuntimeError naming the kernel that
     does not compile: a bug, never a condition of the machine.
     """
     if DISABLED:
         return 0
+    wanted = [one for one in registry if not without or not one[0].__module__.startswith(without)]
     with _one_warmer():
-        for done, (dispatcher, signature) in enumerate(registry):
+        for done, (dispatcher, signature) in enumerate(wanted):
             if progress is not None:
-                progress(done, len(registry))
+                progress(done, len(wanted))
             try:
                 dispatcher.compile(_argument_types(signature))
             except Exception as error:
                 name = f"{dispatcher.__module__}.{dispatcher.__name__}"
                 raise RuntimeError(f"kernel {name} {signature} does not compile") from error
-    return len(registry)
+    return len(wanted)

@@ -18,6 +18,7 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
@@ -198,7 +199,8 @@ class Session:
         )
         notify("READY=1", f"STATUS=mounted on {mountpoint}", f"MAINPID={os.getpid()}")
         self._reporter.ready()
-        await trio.to_thread.run_sync(warmup.load, abandon_on_cancel=True)
+        load = partial(warmup.load, lanes=self._lanes is not None)
+        await trio.to_thread.run_sync(load, abandon_on_cancel=True)
 
     async def _show_life(self) -> None:
         """systemd's watchdog, if it watches: the loop turns."""

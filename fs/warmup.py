@@ -23,6 +23,7 @@ from pathlib import Path
 from fs.screen import Reporter, Silent
 
 ROOMS = ("alloc", "writeback", "fs")
+LANES = "fs.front."  # where all that only lanes run is
 WHAT = "compiling kernels (first mount only)"
 STDERR_LINES_KEPT = 20
 
@@ -85,15 +86,16 @@ def warm(reporter: Reporter | None = None) -> None:
     import_kernels()
 
 
-def load() -> int:
+def load(*, lanes: bool) -> int:
     """Load every compiled kernel into this process; returns how many there are.
 
+    Without lanes theirs, the largest of all, would only take memory: they stay on disk.
     Loading is about 5 ms a kernel, and a kernel that is called earlier loads itself. So a mount
     does not wait for this: it runs in a thread when the mount answers already.
     """
     from alloc import jit
 
-    return jit.warm()
+    return jit.warm(without="" if lanes else LANES)
 
 
 class _JsonLines:
