@@ -47,7 +47,6 @@ SUPERBLOCK_READ = 32768  # the largest sector
 METADATA_PERIOD_S = 30  # dirty metadata goes home at least this often
 METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
-INODEGC_BACKLOG = 256  # unlinked inodes in line before transactions wait for them
 RESTART_S = 1.0  # between a background task's failure and its next attempt
 FLUSH_BATCH = 256  # inodes flushed between two turns of the other tasks
 

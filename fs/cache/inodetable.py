@@ -28,8 +28,8 @@ from fs.cache.thread import (
     chain_find,
     chain_insert,
     chain_remove,
-    list_append,
-    list_remove,
+    join_list,
+    leave_list,
 )
 
 H_LRU, H_DIRTY = 0, 2  # two words each: first and last
@@ -63,11 +63,6 @@ def _claim(t, h):
 def _unclaim(t, h):
     store_release(t["ilock"], h, 0)
     store_release(t["iolock"], h, 0)
-
-
-@kernel(_table_args(1))
-def try_claim(t, head, h):
-    return _claim(t, h)
 
 
 @kernel(_table_args(1))
@@ -131,18 +126,12 @@ def collect(t, head, buckets, out):
 
 @kernel(_table_args(1))
 def lru_add(t, head, h):
-    if not t["state"][h] & S_LRU:
-        t["state"][h] |= S_LRU
-        list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
-        head[H_IDLE] += 1
+    join_list(t["state"], S_LRU, t["lru_prev"], t["lru_next"], head, H_LRU, H_IDLE, h)
 
 
 @kernel(_table_args(1))
 def lru_remove(t, head, h):
-    if t["state"][h] & S_LRU:
-        t["state"][h] &= ~np.uint32(S_LRU)
-        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
-        head[H_IDLE] -= 1
+    leave_list(t["state"], S_LRU, t["lru_prev"], t["lru_next"], head, H_LRU, H_IDLE, h)
 
 
 @helper
@@ -203,18 +192,14 @@ def uncount_lookups(t, head, h, count):
 
 @kernel(_table_args(1))
 def mark_dirty(t, head, h):
-    if not t["state"][h] & S_DIRTY:
-        t["state"][h] |= S_DIRTY
-        list_append(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
-        head[H_DIRTY_COUNT] += 1
+    links = t["dirty_prev"], t["dirty_next"]
+    join_list(t["state"], S_DIRTY, *links, head, H_DIRTY, H_DIRTY_COUNT, h)
 
 
 @kernel(_table_args(1))
 def mark_clean(t, head, h):
-    if t["state"][h] & S_DIRTY:
-        t["state"][h] &= ~np.uint32(S_DIRTY)
-        list_remove(t["dirty_prev"], t["dirty_next"], head, H_DIRTY, h)
-        head[H_DIRTY_COUNT] -= 1
+    links = t["dirty_prev"], t["dirty_next"]
+    leave_list(t["state"], S_DIRTY, *links, head, H_DIRTY, H_DIRTY_COUNT, h)
 
 
 @kernel(_table_args(_BUCKETS, 1, np.zeros(1, np.int64)))

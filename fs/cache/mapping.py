@@ -47,12 +47,10 @@ def _word(name: str) -> int:
 
 W_NDIRTY = _word("ndirty")
 W_NRWRITEBACK = _word("nrwriteback")
-W_ERROR = _word("error")
 W_FLAGS = _word("flags")
 W_DELALLOC = _word("delalloc")
 W_PENDING = _word("pending")
 W_INDIRECT = _word("indirect")
-W_MAP_SEQ = _word("map_seq")
 
 
 @kernel("i8(u4[::1], i8, i8, i8)")

@@ -68,6 +68,24 @@ def list_append(prevs, nexts, head, ends, h):
 
 
 @helper
+def join_list(states, bit, prevs, nexts, head, ends, count, h):
+    """Put record h at the end of the list whose members carry `bit`, if it is not on it."""
+    if not states[h] & bit:
+        states[h] |= bit
+        list_append(prevs, nexts, head, ends, h)
+        head[count] += 1
+
+
+@helper
+def leave_list(states, bit, prevs, nexts, head, ends, count, h):
+    """Take record h off the list whose members carry `bit`, if it is on it."""
+    if states[h] & bit:
+        states[h] &= ~np.uint32(bit)
+        list_remove(prevs, nexts, head, ends, h)
+        head[count] -= 1
+
+
+@helper
 def list_remove(prevs, nexts, head, ends, h):
     """Take record h, which is on it, off the list."""
     before, after = np.int64(prevs[h]), np.int64(nexts[h])

@@ -45,7 +45,6 @@ class Lanes:
         atime = "noatime" if vol.read_only else options.atime
         control = self.front.control
         control[S.C_ATIME], control[S.C_READ_ONLY] = ATIME[atime], int(vol.read_only)
-        self.front.geo[S.G_DIRECT] = int(options.cache == "none")
 
     async def start(self) -> None:
         """Take the memory."""

@@ -30,8 +30,7 @@ C_NR_FREE_SLOTS = 17
 C_NR_FREE_PAYLOADS = 18
 C_RING_TAIL = 24  # ring: producers' ticket, atomic add
 C_RING_HEAD = 32  # ring: the consumer's (trio)
-C_SLOTS_WANTED = 40  # lanes that sleep because no slot or payload is free: atomic add
-C_WORDS = 48
+C_WORDS = 40
 
 GIVE_UP = 2
 B_RING = 1  # there is something in the ring
@@ -43,9 +42,8 @@ B_SLOTS = 32  # a lane sleeps because no slot is free
 B_LEFT = 64  # a lane has left its loop
 
 # geo: constants of the mount
-G_BLOCK_LOG, G_ORDER_MIN, G_ORDER_MAX, G_INODE_LOG, G_LITERAL_SIZE = 0, 1, 2, 3, 4
-G_TREE_LEVELS, G_TREE_RECORDS_MIN, G_ROOT_INO, G_BLOCK_SIZE, G_NR_PAGES = 5, 6, 7, 8, 9
-G_INODE_SLAB, G_NODE_SLAB, G_MAX_WRITE, G_BLKSIZE, G_DIRECT = 10, 11, 12, 13, 14
+G_BLOCK_LOG, G_ORDER_MIN, G_ORDER_MAX, G_INODE_LOG, G_TREE_LEVELS = 0, 1, 2, 3, 4
+G_TREE_RECORDS_MIN, G_ROOT_INO, G_BLOCK_SIZE, G_NODE_SLAB, G_BLKSIZE = 5, 6, 7, 8, 9
 G_WORDS = 16
 
 # ring entries: 8 words
@@ -88,11 +86,11 @@ LANE_NODES = 24  # spare radix nodes a lane holds at most
 # reasons for parking
 (
     R_OPCODE, R_MISS, R_LOCK, R_MEMORY, R_DIRTY, R_MAP, R_SPACE, R_LIST, R_TIMES, R_SYNC,
-    R_PRIVILEGES, R_SHUTDOWN, R_NAME, R_NR,
-) = range(14)  # fmt: skip
+    R_PRIVILEGES, R_SHUTDOWN, R_NR,
+) = range(13)  # fmt: skip
 REASONS = (
     "opcode", "miss", "lock", "memory", "dirty", "map", "space", "list", "times", "sync",
-    "privileges", "shutdown", "name",
+    "privileges", "shutdown",
 )  # fmt: skip
 
 # stats: by lane, opcode and kind

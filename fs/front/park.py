@@ -17,7 +17,6 @@ import numpy as np
 from alloc import gfp
 from alloc.page import PAGE_SIZE
 from fs.cache.folio import PageCache
-from fs.cache.incore import INODE
 from fs.front import buffers, ring
 from fs.front import lanestate as S
 from fs.front import wire as W
@@ -49,7 +48,7 @@ class Front:
         self.max_write, self.nr_payloads, self.nr_slots = buffers.sizes(memory, lanes, max_write)
         self.payload_order = order_of(self.max_write)
         self.control = np.zeros(S.C_WORDS, np.int64)
-        self.geo = _geo_words(vol, self.max_write)
+        self.geo = _geo_words(vol)
         most = buffers.slots_most(memory, self.nr_slots)
         self.slots = np.zeros((most, S.S_WORDS), np.int64)
         self.free_slots = np.zeros(most, np.int64)
@@ -152,22 +151,19 @@ class Front:
         self.lanes.clear()
 
 
-def _geo_words(vol: Volume, max_write: int) -> Any:
+def _geo_words(vol: Volume) -> Any:
     """The constants of a mount that lanes need."""
-    geo, pages, arena = vol.geo, vol.pages, vol.arena
+    geo, pages = vol.geo, vol.pages
     words = np.zeros(S.G_WORDS, np.int64)
     words[S.G_BLOCK_LOG] = geo.block_log
     words[S.G_BLOCK_SIZE] = geo.block_size
     words[S.G_BLKSIZE] = max(PAGE_SIZE, geo.block_size)
     words[S.G_ORDER_MIN], words[S.G_ORDER_MAX] = pages.order_min, pages.order_max
-    words[S.G_INODE_LOG], words[S.G_LITERAL_SIZE] = geo.inode_log, geo.literal_size
+    words[S.G_INODE_LOG] = geo.inode_log
     words[S.G_TREE_LEVELS] = pages.tree_levels
     words[S.G_TREE_RECORDS_MIN] = pages.tree_records_min
     words[S.G_ROOT_INO] = geo.root_ino
-    words[S.G_NR_PAGES] = arena.nr_pages
-    words[S.G_INODE_SLAB] = arena.slab("xfs_inode", INODE).number
     words[S.G_NODE_SLAB] = pages.nodes.number
-    words[S.G_MAX_WRITE] = max_write
     return words
 
 

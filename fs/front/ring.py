@@ -45,14 +45,6 @@ def init(control, ring):
 
 
 @helper
-def has_room(control, ring):
-    """Whether an entry would go in at once, as far as one can tell."""
-    ticket = load_acquire(control, C_RING_TAIL)
-    cells = ring.reshape(-1)
-    return load_acquire(cells, (ticket % ring.shape[0]) * CELL_WORDS + E_SEQ) == ticket
-
-
-@helper
 def post(control, ring, kind, a, b, c, time):
     """Append an entry; sleeps while the ring is full."""
     cells = ring.reshape(-1)

@@ -181,12 +181,8 @@ async def test_ordinary_errors_shut_nothing_down(
     support.assert_clean(image)
 
 
-@support.needs_root
-async def test_many_waiting_requests_do_not_starve_the_others(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two hundred writers that wait, and a stat beside them: pyfuse3 alone stops at 99."""
-    image, where, waiting = support.mkfs(scratch), scratch / "mnt", 200
+def hold_writes(monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, list[int]]:
+    """From now on writes wait for the event; the list has an item for each that has come."""
     gate, inside = trio.Event(), []
     write = file.write
 
@@ -195,9 +191,19 @@ async def test_many_waiting_requests_do_not_starve_the_others(
         await gate.wait()
         return await write(*args, **named)
 
+    monkeypatch.setattr(file, "write", slow)
+    return gate, inside
+
+
+@support.needs_root
+async def test_many_waiting_requests_do_not_starve_the_others(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred writers that wait, and a stat beside them: pyfuse3 alone stops at 99."""
+    image, where, waiting = support.mkfs(scratch), scratch / "mnt", 200
     async with served(image, where):
         await away(lambda: (where / "file").touch())
-        monkeypatch.setattr(file, "write", slow)
+        gate, inside = hold_writes(monkeypatch)
         limiter = trio.CapacityLimiter(waiting)
         async with trio.open_nursery() as nursery:
             for number in range(waiting):

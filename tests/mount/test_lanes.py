@@ -29,7 +29,7 @@ from fs.front import options as grammar
 from fs.session import Session
 from tests import support
 from tests.conftest import AllowLogs
-from tests.mount.test_handlers import LOG, Ready, away, error_of, served
+from tests.mount.test_handlers import LOG, Ready, away, error_of, hold_writes, served
 from tools.targets import OurMount, run
 
 LANES = "lanes=2"
@@ -269,20 +269,12 @@ async def test_buffers_that_run_out_slow_and_lose_nothing(
 ) -> None:
     """More large writes wait than there are payloads; then they go on, all of them."""
     image, where, waiting = support.mkfs(scratch), scratch / "mnt", 40
-    gate, inside = trio.Event(), []
-    write = file.write
-
-    async def slow(*args: Any, **named: Any) -> int:
-        inside.append(1)
-        await gate.wait()
-        return await write(*args, **named)
-
     async with served(image, where, LANES) as session:
         assert session._lanes is not None
         front = session._lanes.front
         for number in range(waiting):
             await away((where / f"file{number}").touch)
-        monkeypatch.setattr(file, "write", slow)
+        gate, inside = hold_writes(monkeypatch)
         limiter = trio.CapacityLimiter(waiting)
         async with trio.open_nursery() as nursery:
             for number in range(waiting):
