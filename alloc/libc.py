@@ -16,14 +16,18 @@ Nothing here checks bounds against `mem`: callers assert them at their boundary.
 from __future__ import annotations
 
 import os
+import socket
 import time
-from ctypes import c_char
+from ctypes import CDLL, c_char, get_errno
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from alloc.jit import DISABLED, helper, kernel
+
+IO_URING_ENTER = 426  # the same number on every architecture
+MSG_PEEK_DONTWAIT = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 if DISABLED:
 
@@ -67,6 +71,20 @@ if DISABLED:
     def write_bytes(fd, array, i, n):
         return writev(fd, (address(array, i), n), 1)
 
+    def peek_bytes(fd, array, i, n):
+        data = (c_char * n).from_address(address(array, i))
+        with socket.socket(fileno=os.dup(fd)) as end:
+            try:
+                return end.recv_into(data, n, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except OSError as error:
+                return -(error.errno or 0)
+
+    def io_uring_enter(fd, to_submit, min_complete, flags):
+        done = CDLL(None, use_errno=True).syscall(
+            IO_URING_ENTER, fd, to_submit, min_complete, flags, None, 0
+        )
+        return done if done >= 0 else -get_errno()
+
     def usleep(us):
         time.sleep(us / 1e6)
         return 0
@@ -104,6 +122,11 @@ else:
     _plain = types.intp(types.intc, types.voidptr, types.uintp)
     _read = types.ExternalFunction("read", _plain)
     _write = types.ExternalFunction("write", _plain)
+    _recv = types.ExternalFunction(
+        "recv", types.intp(types.intc, types.voidptr, types.uintp, types.intc)
+    )
+    # Variadic in C; its arguments are words, which go the same way on every Linux.
+    _syscall = types.ExternalFunction("syscall", types.intp(*(types.intp,) * 7))
     _usleep = types.ExternalFunction("usleep", types.intc(types.uint32))
     _block = types.voidptr(types.voidptr, types.voidptr, types.uintp)
     _memcpy = types.ExternalFunction("memcpy", _block)
@@ -198,6 +221,16 @@ else:
     def read_bytes(fd, array, i, n):
         got = _read(fd, _address(array, i), n)
         return got if got >= 0 else -_errno()
+
+    @helper
+    def peek_bytes(fd, array, i, n):
+        got = _recv(fd, _address(array, i), n, MSG_PEEK_DONTWAIT)
+        return got if got >= 0 else -_errno()
+
+    @helper
+    def io_uring_enter(fd, to_submit, min_complete, flags):
+        done = _syscall(IO_URING_ENTER, fd, to_submit, min_complete, flags, 0, 0)
+        return done if done >= 0 else -_errno()
 
     @helper
     def write_bytes(fd, array, i, n):

@@ -57,6 +57,7 @@ def check(options: MountOptions) -> MountOptions:
     if options.lanes < 0:
         options = replace(options, lanes=tuning.lanes())
     _check_max_write(options)
+    options = _with_transport(options)
     _check_fuse(options)
     if options.is_scratch:
         if options.scratch_bytes < SCRATCH_LEAST:
@@ -81,6 +82,32 @@ def _check_max_write(options: MountOptions) -> None:
         raise UserError(
             f"max_write={options.max_write >> 10}K with lanes={options.lanes} needs more memory "
             f"than memory={options.memory_bytes >> 20}M can spare; make one of them smaller",
+            grammar.EXIT_USAGE,
+        )
+
+
+def _with_transport(options: MountOptions) -> MountOptions:
+    """FUSE over io_uring needs lanes and a kernel that has it."""
+    if not options.lanes:
+        if options.transport == "uring":
+            raise UserError("transport=uring needs lanes; leave lanes=0 out", grammar.EXIT_USAGE)
+        return replace(options, transport="device")
+    options = replace(options, transport=options.transport or tuning.transport())
+    if options.transport == "uring":
+        if hindrance := tuning.uring_hindrance():
+            raise UserError(f"transport=uring: {hindrance}", mounts.MOUNT_FAILED)
+        _check_queues(options)
+    return options
+
+
+def _check_queues(options: MountOptions) -> None:
+    """Each place of a queue keeps room for a write; there is a queue for each processor."""
+    queues = tuning.possible_processors()
+    places = (options.max_write or grammar.MAX_WRITE_LEAST) * queues * grammar.PLACES_LEAST
+    if places > options.memory_bytes // grammar.MAX_WRITE_SHARE:
+        needed = places * grammar.MAX_WRITE_SHARE
+        raise UserError(
+            f"transport=uring with {queues} processors needs at least memory={needed >> 20}M",
             grammar.EXIT_USAGE,
         )
 

@@ -24,8 +24,13 @@ FUSECTL = Path("/sys/fs/fuse/connections")
 THREADS_MAX = Path("/proc/sys/kernel/threads-max")
 PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
 PAGES_LIMIT_FIXED = 256  # of kernels that have no such setting
+POSSIBLE = Path("/sys/devices/system/cpu/possible")
+ENABLE_URING = Path("/sys/module/fuse/parameters/enable_uring")
+IO_URING_SETUP = 425  # the same number on every architecture
+URING_PARAMS_BYTES = 120
 LANES_AUTO = 4
-LANES_VARIABLE = "NOFAILFS_LANES"  # what a mount uses that does not say lanes=
+# What a mount uses that does not say lanes= and transport=.
+LANES_VARIABLE, TRANSPORT_VARIABLE = "NOFAILFS_LANES", "NOFAILFS_TRANSPORT"
 TASKS_LEAST = 4096
 TASK_RESERVE = 1024  # asynchronous requests that belong to no waiting thread
 PR_SET_IO_FLUSHER = 57
@@ -38,6 +43,11 @@ def lanes() -> int:
     if text.isascii() and text.isdigit():
         return int(text)
     return min(len(os.sched_getaffinity(0)), LANES_AUTO)
+
+
+def transport() -> str:
+    """How requests come to the lanes of a mount that does not say."""
+    return os.environ.get(TRANSPORT_VARIABLE, "device")
 
 
 def allow_pages(pages: int, log: logging.Logger) -> None:
@@ -58,6 +68,40 @@ def pages_limit() -> int:
         return int(PAGES_LIMIT.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return PAGES_LIMIT_FIXED
+
+
+def possible_processors() -> int:
+    """How many processors the machine may ever have: FUSE over io_uring has a queue for each."""
+    return int(POSSIBLE.read_text(encoding="ascii").strip().rpartition(",")[2].split("-")[-1]) + 1
+
+
+def io_uring_setup(entries: int, params: ctypes.Array[ctypes.c_char]) -> int:
+    """io_uring_setup(2); the descriptor. Raises OSError."""
+    fd: int = ctypes.CDLL(None, use_errno=True).syscall(IO_URING_SETUP, entries, params)
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "io_uring_setup")
+    os.set_inheritable(fd, False)
+    return fd
+
+
+def uring_hindrance() -> str:
+    """Why this machine cannot serve FUSE over io_uring; empty if it can.
+
+    Enables it in the FUSE module, for the whole machine, if that is all that is missing and we may.
+    """
+    try:
+        if ENABLE_URING.read_text(encoding="ascii").strip() != "Y":
+            ENABLE_URING.write_text("Y\n", encoding="ascii")
+    except FileNotFoundError:
+        return "the kernel has no FUSE over io_uring (Linux 6.14 with CONFIG_FUSE_IO_URING)"
+    except OSError:
+        return f"FUSE over io_uring is off; as root: echo Y > {ENABLE_URING}"
+    try:
+        os.close(io_uring_setup(1, ctypes.create_string_buffer(URING_PARAMS_BYTES)))
+    except OSError as error:
+        return f"io_uring does not work here: {error.strerror}"
+    return ""
 
 
 def max_tasks() -> int:

@@ -32,6 +32,8 @@ if "NOFAILFS_CACHE_DIR" not in os.environ:
 
 if "NOFAILFS_TEST_LANES" in os.environ:  # of every mount that does not say lanes=
     os.environ["NOFAILFS_LANES"] = os.environ["NOFAILFS_TEST_LANES"]
+if "NOFAILFS_TEST_TRANSPORT" in os.environ:  # of every mount that does not say transport=
+    os.environ["NOFAILFS_TRANSPORT"] = os.environ["NOFAILFS_TEST_TRANSPORT"]
 
 from tests import support
 from tools.targets import scratch_dir

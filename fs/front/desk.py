@@ -64,8 +64,7 @@ class Desk:
                 self._front.control[S.C_STOP] = S.GIVE_UP
                 raise
             finally:
-                with trio.CancelScope(shield=True):
-                    await self._end_lanes(nursery)
+                await self._end_lanes(nursery)
         self._name_reasons()
 
     def close(self) -> None:
@@ -73,11 +72,23 @@ class Desk:
         os.close(self._bell)
 
     def _all_left(self) -> bool:
-        return all(lane.me[S.M_LEFT] for lane in self._front.lanes[:-1])
+        """Every lane is at its end, or one of them is where it should not be."""
+        left = [int(lane.me[S.M_LEFT]) for lane in self._front.lanes[:-1]]
+        return all(left) or any(code > 0 and code not in ENDED for code in left)
 
     async def _end_lanes(self, nursery: trio.Nursery) -> None:
+        """Those that serve queues answer what they have taken, unless that is cancelled."""
         control = self._front.control
         control[S.C_STOP] = max(int(control[S.C_STOP]), 1)
+        try:
+            await self._wait_for_lanes(nursery)
+        except BaseException:
+            control[S.C_STOP] = S.GIVE_UP
+            with trio.CancelScope(shield=True):
+                await self._wait_for_lanes(nursery)
+            raise
+
+    async def _wait_for_lanes(self, nursery: trio.Nursery) -> None:
         while self._threads.lanes_alive:
             self._threads.interrupt()
             await trio.sleep(END_LOOK_S)

@@ -1,11 +1,12 @@
 """The lane: a loop without the GIL that reads /dev/fuse and answers what needs no waiting.
 
 Each turn: have a slot and a payload folio in hand, read one request into them (80 bytes into the
-slot, the rest into the payload), serve it inside an RCU section, and settle what serving came to:
-answered, parked for trio, or forwarded to pyfuse3. Whatever may block (the read, the full ring,
-the socket to pyfuse3, the want of buffers) happens outside of the section, so the top of the loop
-is RCU's quiescent state. A request is in one place at any time, so it is answered once: by its
-lane, by trio, which owns the slot from the ring entry on, or by pyfuse3.
+slot, the rest into the payload; or take it from the lane's queue, `fs/front/lanequeue.py`), serve
+it inside an RCU section, and settle what serving came to: answered, parked for trio, or forwarded
+to pyfuse3. Whatever may block (the read, the full ring, the socket to pyfuse3, the want of buffers)
+happens outside of the section, so the top of the loop is RCU's quiescent state. A request is in
+one place at any time, so it is answered once: by its lane, by trio, which owns the slot from the
+ring entry on, or by pyfuse3.
 
 INTERRUPT is answered with ENOSYS, after which the kernel sends no more: our requests cannot be
 interrupted, like XFS's, and for what was forwarded pyfuse3 would only note it. A client that is
@@ -28,7 +29,7 @@ from alloc.jit import helper, kernel
 from alloc.libc import address, memcpy, monotonic_ns, readv, usleep, writev
 from alloc.page import PAGE_SHIFT, PAGE_SIZE
 from alloc.rcu import rcu_enter, rcu_exit
-from fs.front import lanename, wire
+from fs.front import lanename, lanequeue, wire
 from fs.front.buffers import pop
 from fs.front.laneread import serve_read
 from fs.front.lanereply import bell, message, reply, u32, u64
@@ -51,13 +52,16 @@ from fs.front.lanestate import (
     K_PARKED,
     K_RELEASE,
     M_DONE,
+    M_ENTRY,
     M_FD,
+    M_HEAD,
     M_LEFT,
     M_LEN,
     M_LOCKED,
     M_NUMBER,
     M_PAYLOAD,
     M_PAYLOAD_ORDER,
+    M_QUEUE,
     M_REASON,
     M_SLOT,
     M_TIME,
@@ -65,6 +69,7 @@ from fs.front.lanestate import (
     R_OPCODE,
     R_SHUTDOWN,
     S_DONE,
+    S_ENTRY,
     S_FD,
     S_LEN,
     S_LOCKED,
@@ -119,17 +124,24 @@ for _name, _bytes in _ARGUMENTS.items():
 
 
 @helper
+def _goes_on(l):
+    """Whether the lane is to look for more: it was not told to stop, or owes a queue answers."""
+    stop = load_acquire(l.control, C_STOP)
+    return stop == 0 or (stop < GIVE_UP and l.me[M_QUEUE] >= 0 and lanequeue.owes(l))
+
+
+@helper
 def _equip(l):
     """Have a slot and a payload folio in hand, waiting for them; False when told to stop."""
     asked = False
     while True:
         if l.me[M_SLOT] < 0:
             l.me[M_SLOT] = pop(l.control, C_NR_FREE_SLOTS, l.free_slots)
-        if l.me[M_PAYLOAD] == 0:
+        if l.me[M_PAYLOAD] == 0 and l.me[M_QUEUE] < 0:
             l.me[M_PAYLOAD] = max(pop(l.control, C_NR_FREE_PAYLOADS, l.free_payloads), 0)
-        if l.me[M_SLOT] >= 0 and l.me[M_PAYLOAD] != 0:
+        if l.me[M_SLOT] >= 0 and (l.me[M_PAYLOAD] != 0 or l.me[M_QUEUE] >= 0):
             return True
-        if load_acquire(l.control, C_STOP) != 0:
+        if not _goes_on(l):
             return False
         if not asked:
             asked = True
@@ -139,9 +151,9 @@ def _equip(l):
 
 @helper
 def _vector(l, rest):
-    """Two iovecs: the slot's first 80 bytes, and `rest` bytes of the payload folio."""
+    """Two iovecs: the message's head in the slot, and `rest` bytes of the payload folio."""
     l.iov[0] = address(l.mem, message(l))
-    l.iov[1] = RW_ARGS_END
+    l.iov[1] = l.me[M_HEAD]
     l.iov[2] = address(l.mem, l.me[M_PAYLOAD] << PAGE_SHIFT)
     l.iov[3] = rest
 
@@ -149,6 +161,9 @@ def _vector(l, rest):
 @helper
 def _receive(l):
     """Read one request; its bytes, or -errno when there are no more to come, or 0 to look again."""
+    if l.me[M_QUEUE] >= 0:
+        return lanequeue.receive(l)
+    l.me[M_HEAD] = RW_ARGS_END
     _vector(l, PAGE_SIZE << l.me[M_PAYLOAD_ORDER])
     n = readv(l.me[M_FD], l.iov, 2)
     if n > 0:
@@ -158,6 +173,13 @@ def _receive(l):
     if n == -EINTR or n == -EAGAIN or n == -ENOENT:
         return 0
     return n if n < 0 else -ENODEV
+
+
+@helper
+def _complete(l):
+    """Copy the rest of a message that fits to the head in the slot."""
+    start, at = l.me[M_PAYLOAD] << PAGE_SHIFT, l.me[M_HEAD]
+    memcpy(l.mem, message(l) + at, l.mem, start, l.me[M_LEN] - at)
 
 
 @helper
@@ -174,9 +196,12 @@ def _opcode(l):
         return 0
     if n < LEAST[op]:
         return -1
-    if RW_ARGS_END < n <= SLOT_BYTES and op != wire.WRITE:
-        start = l.me[M_PAYLOAD] << PAGE_SHIFT
-        memcpy(l.mem, message(l) + RW_ARGS_END, l.mem, start, n - RW_ARGS_END)
+    if op == wire.WRITE and l.me[M_HEAD] != RW_ARGS_END:
+        return -1
+    if op == wire.READ and l.me[M_ENTRY] >= 0 and u32(l, RW_SIZE) > lanequeue.room(l):
+        return -1
+    if l.me[M_HEAD] < n <= SLOT_BYTES and op != wire.WRITE:
+        _complete(l)
     return op
 
 
@@ -269,14 +294,14 @@ def _park(l, op):
         payload = l.me[M_PAYLOAD]
         l.me[M_PAYLOAD] = 0
     elif op == wire.WRITE and n > RW_ARGS_END:
-        start = l.me[M_PAYLOAD] << PAGE_SHIFT
-        memcpy(l.mem, message(l) + RW_ARGS_END, l.mem, start, n - RW_ARGS_END)
+        _complete(l)
     l.slots[slot, S_LEN] = n
     l.slots[slot, S_PAYLOAD] = payload
     l.slots[slot, S_DONE] = l.me[M_DONE]
     l.slots[slot, S_LOCKED] = l.me[M_LOCKED]
     l.slots[slot, S_TIME] = l.me[M_TIME]
     l.slots[slot, S_FD] = l.me[M_FD]
+    l.slots[slot, S_ENTRY] = l.me[M_ENTRY]
     l.me[M_SLOT] = -1
     l.reasons[op, l.me[M_REASON]] += 1
     _post(l, K_PARKED, slot, op, 0)
@@ -288,9 +313,9 @@ def _forward(l):
     n = l.me[M_LEN]
     put = np.int64(-EINTR)
     while put == -EINTR and load_acquire(l.control, C_STOP) < GIVE_UP:
-        _vector(l, max(n - RW_ARGS_END, 0))
-        l.iov[1] = min(n, RW_ARGS_END)
-        put = writev(l.control[C_FORWARD_FD], l.iov, 2 if n > RW_ARGS_END else 1)
+        _vector(l, max(n - l.me[M_HEAD], 0))
+        l.iov[1] = min(n, l.me[M_HEAD])
+        put = writev(l.control[C_FORWARD_FD], l.iov, 2 if n > l.me[M_HEAD] else 1)
     if put != n and u32(l, H_OPCODE) != wire.BATCH_FORGET:
         reply(l, EIO, 0)
 
@@ -328,7 +353,9 @@ def _settle(l, op, code):
 def run(l):
     """Serve requests until the connection ends or control[C_STOP] says so."""
     left = np.int64(-1)
-    while load_acquire(l.control, C_STOP) == 0 and _equip(l):
+    if l.me[M_QUEUE] >= 0 and load_acquire(l.control, C_STOP) == 0:
+        lanequeue.register(l)
+    while _goes_on(l) and _equip(l):
         n = _receive(l)
         if n < 0:
             left = -n

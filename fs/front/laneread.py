@@ -1,4 +1,5 @@
 """READ in the lane: the reply is written from the page cache's folios, without a copy of our own.
+(A request that came through a queue has its reply copied to the queue entry's payload instead.)
 
 The IOLOCK is held shared from the look at the size to the end of the reply, so a read is atomic
 for writers. Under the mapping's spin lock the pieces of the range are collected, with one reference
@@ -19,7 +20,8 @@ import numpy as np
 
 from alloc.atomic import fetch_add, spin_lock, spin_unlock
 from alloc.jit import helper, kernel
-from alloc.libc import address, realtime_ns, writev
+from alloc.libc import address, memcpy, realtime_ns, writev
+from alloc.page import PAGE_SHIFT
 from fs.buffered import OWN
 from fs.cache.blocks import readable
 from fs.cache.incore import (
@@ -46,7 +48,7 @@ from fs.front.lanemap import (
     unlock_file,
     unlock_map,
 )
-from fs.front.lanereply import bell, head, note_reply, u32, u64
+from fs.front.lanereply import bell, head, note_reply, send_placed, u32, u64
 from fs.front.lanestate import (
     ANSWERED,
     BROKEN,
@@ -55,10 +57,12 @@ from fs.front.lanestate import (
     G_BLOCK_LOG,
     M_BELLS,
     M_DONE,
+    M_ENTRY,
     M_FD,
     M_LEN,
     M_LOCKED,
     M_REASON,
+    N_PAYLOAD,
     PARK,
     R_MAP,
     R_MISS,
@@ -205,9 +209,23 @@ def _touch_time(l, handle):
 
 
 @helper
+def _place(l, n):
+    """Copy n pieces but the first to the payload folio of the queue entry."""
+    start = address(l.mem, 0)
+    to = l.entries[l.me[M_ENTRY], N_PAYLOAD] << PAGE_SHIFT
+    for i in range(1, n):
+        nbytes = np.int64(l.iov[2 * i + 1])
+        memcpy(l.mem, to, l.mem, np.int64(l.iov[2 * i]) - start, nbytes)
+        to += nbytes
+
+
+@helper
 def _send(l, n, nbytes):
     """Answer with n pieces, the first of which is the header."""
     head(l, 0, nbytes)
+    if l.me[M_ENTRY] >= 0:
+        _place(l, n)
+        return send_placed(l, nbytes)
     l.iov[0] = address(l.out, 0)
     l.iov[1] = OUT_HEADER
     return note_reply(l, writev(l.me[M_FD], l.iov, n))

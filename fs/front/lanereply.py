@@ -1,9 +1,10 @@
 """What serving a request in a lane needs of the message: its words, the reply, the doorbell.
 
 `l` is a Lane everywhere (fs/front/lanestate.py). The message lies in the slot in hand, whole but
-for the payload of a large WRITE. A reply is one write(2) of a 16-byte header and a body to the
-descriptor that the request came from; small ones are built in `l.out`, whose first 16 bytes are
-the header's. Words of a body are stored through `l.out4` and `l.out8`.
+for the payload of a large WRITE. A reply is a 16-byte header and a body; small ones are built in
+`l.out`, whose first 16 bytes are the header's. Words of a body are stored through `l.out4` and
+`l.out8`. It is one write(2) to the descriptor that the request came from, or, for a request that
+came through a queue, a submission of the lane that serves the queue (`fs/front/lanequeue.py`).
 
 The kernel may have given up waiting for a reply (its connection was aborted): that is counted
 and otherwise as good as answered. Kernels only; no lock is held across a write that needs one.
@@ -18,12 +19,15 @@ import numpy as np
 from alloc.atomic import fetch_or_acq_rel
 from alloc.jit import helper
 from alloc.libc import write_bytes
+from fs.front import lanequeue
 from fs.front.lanestate import (
     ANSWERED,
     C_BELL,
     C_BELL_FD,
+    M_ENTRY,
     M_FD,
     M_ONE,
+    M_QUEUE,
     M_REFUSED,
     M_SLOT,
     M_UNWANTED,
@@ -75,7 +79,19 @@ def note_reply(l, put):
 def reply(l, error, nbytes):
     """Answer with an error or with the nbytes that stand in l.out behind the header."""
     head(l, error, nbytes)
+    if l.me[M_QUEUE] >= 0:
+        lanequeue.put_body(l, l.me[M_ENTRY], nbytes)
+        return send_placed(l, nbytes)
     return note_reply(l, write_bytes(l.me[M_FD], l.out, 0, OUT_HEADER + nbytes))
+
+
+@helper
+def send_placed(l, nbytes):
+    """Answer with the header in l.out and the nbytes that stand in the queue entry's payload."""
+    if l.me[M_QUEUE] >= 0:
+        lanequeue.commit(l, l.me[M_ENTRY], nbytes)
+        return np.int64(ANSWERED)
+    return note_reply(l, write_bytes(l.me[M_FD], l.out, 0, OUT_HEADER))  # to the queue's lane
 
 
 @helper

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pyfuse3
 import trio
 
+from fs import tuning
 from fs.front import lanestate as S
 from fs.front.desk import Desk
 from fs.front.interpose import Interposer
@@ -35,13 +36,16 @@ class Lanes:
     def __init__(
         self, vol: Volume, ops: Operations, options: MountOptions, log: logging.Logger
     ) -> None:
-        self.front = Front(vol, options.lanes, options.max_write)
+        self._nr_queues = tuning.possible_processors() if options.transport == "uring" else 0
+        lanes = 1 if self._nr_queues else options.lanes
+        self.front = Front(vol, lanes, options.max_write, self._nr_queues)
         self.front.ops = ops
         self._vol = vol
         self._log = log
         self._left = False
         self._desk: Desk | None = None
-        self._wish = Wish(self.front.max_write, options.max_background, options.cache == "none")
+        shared_mmap, uring = options.cache == "none", self._nr_queues > 0
+        self._wish = Wish(self.front.max_write, options.max_background, shared_mmap, uring)
         atime = "noatime" if vol.read_only else options.atime
         control = self.front.control
         control[S.C_ATIME], control[S.C_READ_ONLY] = ATIME[atime], int(vol.read_only)

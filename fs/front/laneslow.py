@@ -25,10 +25,12 @@ from fs.front.laneread import send
 from fs.front.lanestate import (
     ANSWERED,
     M_DONE,
+    M_ENTRY,
     M_FD,
     M_SLOT,
     S_ADDR,
     S_DONE,
+    S_ENTRY,
     S_FD,
     S_LOCKED,
     S_PAYLOAD,
@@ -75,6 +77,7 @@ async def _read_held(
     reached = -1
     while True:
         lane.me[M_SLOT], lane.me[M_FD] = slot, front.slots[slot, S_FD]
+        lane.me[M_ENTRY] = front.slots[slot, S_ENTRY]
         if send(lane, ip.handle, offset, size) == ANSWERED:
             return None
         at = offset + int(lane.me[M_DONE])

@@ -58,7 +58,8 @@ S_PAYLOAD = 2  # pfn of the folio with the bytes from RW_ARGS_END on; 0: they ar
 S_DONE = 3  # READ, WRITE: bytes already served; WRITE: they are in the page cache
 S_LOCKED = 4  # 1: the lane left the inode's IOLOCK held (WRITE: exclusive, READ: shared)
 S_TIME = 5  # CLOCK_MONOTONIC ns when the lane read it
-S_FD = 6  # the /dev/fuse descriptor that it came from and its reply goes to
+S_FD = 6  # where its reply goes: /dev/fuse, or the relay of the queue that it came from
+S_ENTRY = 7  # the queue entry that it came from, which owns the payload folio, or -1
 S_WORDS = 8
 SLOT_BYTES = 8192
 
@@ -80,7 +81,30 @@ M_REFUSED = 13  # replies that the kernel did not take for another reason: a bug
 M_LEFT = 14  # the errno with which the lane left its loop, or -1: it was told to stop
 M_BELLS = 15  # READ, WRITE: the B_ bits to ring when their locks are dropped
 M_HINT = 16  # two words: what blocks.copy_ready tells beside its result
+M_HEAD = 18  # bytes of the present message in the slot, before those in the payload folio
+M_QUEUE = 19  # the queue of requests that the lane serves, or -1: it reads /dev/fuse
+M_ENTRY = 20  # the queue entry of the present request, or -1
 M_WORDS = 24
+
+# uring: words of one lane's io_uring; "at" is a byte address in the arena (fs/front/lanequeue.py)
+U_FD = 0
+U_FUSE = 1  # the descriptor of /dev/fuse
+U_RELAY = 2  # the end that the lane reads of the socket pair with replies of other threads
+U_FIRST, U_COUNT = 3, 4  # the lane's entries
+U_GONE = 5  # how many of them the kernel has given up
+U_PENDING = 6  # submissions that the kernel has not seen
+U_ERROR = 7  # why: -ENODEV, or what else the kernel said
+U_SQ_TAIL_AT, U_SQ_MASK, U_SQ_ARRAY_AT, U_SQES_AT = 8, 9, 10, 11
+U_CQ_HEAD_AT, U_CQ_TAIL_AT, U_CQ_MASK, U_CQES_AT = 12, 13, 14, 15
+U_WORDS = 16
+
+# entries: 8 words for each place of a queue
+N_HEADER = 0  # byte address of its struct fuse_uring_req_header
+N_PAYLOAD = 1  # pfn of its payload folio
+N_UNIQUE = 2  # the request that is in our hands, or 0
+N_RELAY = 3  # where a thread other than the queue's lane sends its reply
+N_WORDS = 8
+
 LANE_NODES = 24  # spare radix nodes a lane holds at most
 
 # reasons for parking
@@ -133,8 +157,10 @@ class Lane(NamedTuple):
     slots: Any  # i8 [slots, S_WORDS]
     free_slots: Any  # i8 [slots]: a stack
     free_payloads: Any  # i8 [payloads]: a stack of pfns
+    entries: Any  # i8 [entries of all queues, N_WORDS]
     # this lane's own
     me: Any  # i8 [M_WORDS]
+    uring: Any  # i8 [U_WORDS]
     nodes: Any  # u4 [LANE_NODES]: spare radix nodes
     iov: Any  # u8 [2 * 1024]: struct iovec for readv and writev
     out: Any  # u1 [4096]: the reply's header and small bodies
@@ -151,5 +177,6 @@ def sample() -> Lane:
     kinds |= dict.fromkeys(("lru_next", "lru_prev", "mapping", "blocks"), "u4")
     kinds |= dict.fromkeys(("free_low", "free_high", "iov"), "u8")
     kinds |= dict.fromkeys(("ibuckets", "dbuckets", "nodes", "out4"), "u4") | {"out": "u1"}
-    shapes = dict.fromkeys(("ring", "slots", "counts", "reasons"), (1, 1)) | {"hist": (1, 1, 1)}
+    tables = ("ring", "slots", "entries", "counts", "reasons")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tables, (1, 1)) | {"hist": (1, 1, 1)}
     return Lane(*(np.zeros(shapes.get(f, 1), kinds.get(f, "i8")) for f in Lane._fields))

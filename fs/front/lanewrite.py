@@ -74,6 +74,7 @@ from fs.front.lanestate import (
     M_NR_NODES,
     M_PAYLOAD,
     M_PAYLOAD_ORDER,
+    M_QUEUE,
     M_REASON,
     PARK,
     R_DIRTY,
@@ -239,8 +240,8 @@ def _adopt(l, handle, pos, end):
     root = handle * INODE_WORDS + I4_MAPPING
     order, folio = l.me[M_PAYLOAD_ORDER], l.me[M_PAYLOAD]
     size = np.int64(4096) << order
-    if end - pos != size or pos & (size - 1) != 0:
-        return False
+    if end - pos != size or pos & (size - 1) != 0 or l.me[M_QUEUE] >= 0:
+        return False  # a queue entry keeps its folio
     if order < l.geo[G_ORDER_MIN] or order > l.geo[G_ORDER_MAX] or not have_nodes(l):
         return False
     log = l.geo[G_BLOCK_LOG]

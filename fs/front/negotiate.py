@@ -35,6 +35,7 @@ WANTED = (
     *("ASYNC_READ", "BIG_WRITES", "ASYNC_DIO", "PARALLEL_DIROPS", "CACHE_SYMLINKS"),
     *("MAX_PAGES", "HANDLE_KILLPRIV_V2", "HAS_IOCTL_DIR"),
 )
+URING = "OVER_IO_URING"
 SHARED_MMAP = "DIRECT_IO_ALLOW_MMAP"  # only without a page cache of the kernel's
 
 # Offsets in the messages: the request's and the reply's.
@@ -62,6 +63,7 @@ class Wish:
     max_write: int
     max_background: int
     shared_mmap: bool
+    uring: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,15 @@ def for_kernel(request: bytes, reply: bytes, wish: Wish) -> tuple[bytes, Outcome
     """pyfuse3's reply with our additions, and what that comes to."""
     offer = offered(request)
     wanted = mask(*WANTED) | (mask(SHARED_MMAP) if wish.shared_mmap else 0)
+    wanted |= mask(URING) if wish.uring else 0
     agreed = offer & wanted
     agreed |= struct.unpack_from("=I", reply, O_FLAGS)[0]
     agreed |= offer & mask("INIT_EXT") if agreed >> 32 else 0
     if not agreed & mask("INIT_EXT"):
         agreed &= (1 << 32) - 1
-    pages = wish.max_write // PAGE_SIZE + 1  # one more, for buffers that begin inside a page
+    pages = wish.max_write // PAGE_SIZE
+    if not wish.uring:
+        pages += 1  # for buffers that begin inside a page; a place of a queue has no room for it
     if not agreed & mask("MAX_PAGES"):
         pages = 32
     max_write = min(wish.max_write, pages * PAGE_SIZE)

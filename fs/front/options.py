@@ -24,9 +24,11 @@ EXIT_USAGE = 1
 MEMORY_DEFAULT = 256 << 20
 MEMORY_MIN = 8 << 20
 CACHE_MODES = ("none", "writethrough", "writeback")
+TRANSPORTS = ("device", "uring")
 ATIME_POLICIES = ("relatime", "strictatime", "noatime")
 LANES_MOST = 16
 MAX_WRITE_SHARE = 4  # of memory, at most, is lanes' room for writes
+PLACES_LEAST = 2  # requests of each queue, with transport=uring
 MAX_WRITE_LEAST, MAX_WRITE_MOST = 128 << 10, 4 << 20
 SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -68,6 +70,7 @@ class MountOptions:
     lock_timeout: float = 60.0
     paranoid: bool = False
     lanes: int = -1  # -1: by the number of cores; 0: pyfuse3 alone
+    transport: str = ""  # how requests come to lanes; empty: not said
     max_write: int = 0  # 0: as much as memory allows
     max_background: int = 64
     read_ahead_kb: int = 1024
@@ -111,6 +114,14 @@ def _cache(text: str) -> str:
     if text not in CACHE_MODES:
         raise UserError(
             f"cache={text} is unknown; choose one of {', '.join(CACHE_MODES)}", EXIT_USAGE
+        )
+    return text
+
+
+def _transport(text: str) -> str:
+    if text not in TRANSPORTS:
+        raise UserError(
+            f"transport={text} is unknown; choose one of {', '.join(TRANSPORTS)}", EXIT_USAGE
         )
     return text
 
@@ -199,6 +210,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "subtype": ("subtype", str),
     "log": ("log", str),
     "lanes": ("lanes", _lanes),
+    "transport": ("transport", _transport),
     "max_write": ("max_write", _max_write),
     "lock_timeout": ("lock_timeout", _seconds),
     "max_background": ("max_background", _count),

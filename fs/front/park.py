@@ -19,6 +19,7 @@ from alloc.page import PAGE_SIZE
 from fs.cache.folio import PageCache
 from fs.front import buffers, ring
 from fs.front import lanestate as S
+from fs.front import queues as queuing
 from fs.front import wire as W
 
 if TYPE_CHECKING:
@@ -41,12 +42,16 @@ def order_of(nbytes: int) -> int:
 class Front:
     """What the lanes of one mount share with trio."""
 
-    def __init__(self, vol: Volume, lanes: int, max_write: int = 0) -> None:
+    def __init__(self, vol: Volume, lanes: int, max_write: int = 0, queues: int = 0) -> None:
+        """`lanes` read /dev/fuse, one more for each of `queues` serves that."""
         self.vol = vol
-        self.nr_lanes = lanes
-        memory = vol.arena.memory_bytes
+        self.nr_lanes = lanes + queues
+        memory, places = vol.arena.memory_bytes, 0
+        if queues:
+            max_write, places = queuing.sizes(memory, queues, max_write)
         self.max_write, self.nr_payloads, self.nr_slots = buffers.sizes(memory, lanes, max_write)
         self.payload_order = order_of(self.max_write)
+        self.queues = queuing.Queues(queues, places, self.payload_order)
         self.control = np.zeros(S.C_WORDS, np.int64)
         self.geo = _geo_words(vol)
         most = buffers.slots_most(memory, self.nr_slots)
@@ -72,6 +77,7 @@ class Front:
         for _ in range(self.nr_payloads):
             pfn = await self.vol.arena.alloc_folio(self.payload_order)
             buffers.give_payload(self.control, self.free_payloads, pfn)
+        await self.queues.start(self._new_folio)
         self._rooms = [await self._room(LANE_BYTES) for _ in range(self.nr_lanes + 1)]
         for number in range(self.nr_lanes + 1):
             self.lanes.append(make_lane(self.vol, self, number))
@@ -121,6 +127,7 @@ class Front:
         payload = int(self.slots[slot, S.S_PAYLOAD])
         if payload:
             self.slots[slot, S.S_PAYLOAD] = 0
+        if payload and self.slots[slot, S.S_ENTRY] < 0:
             buffers.give_payload(self.control, self.free_payloads, payload)
         if slot < self.nr_slots or self.free_slot_count < self.nr_slots:
             buffers.give_slot(self.control, self.free_slots, slot)
@@ -137,7 +144,7 @@ class Front:
         put = self.vol.arena.put_folio
         for lane in self.lanes:
             self.vol.arena.rcu.unregister(int(lane.me[S.M_NUMBER]))
-            if lane.me[S.M_PAYLOAD]:
+            if lane.me[S.M_PAYLOAD] and lane.me[S.M_QUEUE] < 0:
                 put(int(lane.me[S.M_PAYLOAD]))
             for node in lane.nodes[: int(lane.me[S.M_NR_NODES])]:
                 self.vol.pages.nodes.free(int(node))
@@ -145,6 +152,7 @@ class Front:
             put(pfn)
         for slot in set(range(self.nr_slots, len(self.slots))) - set(self._unused):
             self._drop_slot(slot)
+        self.queues.close()
         for pfn in self._folios:
             put(pfn)
         self._folios.clear()
@@ -174,6 +182,10 @@ def make_lane(vol: Volume, front: Front, number: int) -> S.Lane:
     me = np.zeros(S.M_WORDS, np.int64)
     me[S.M_SLOT], me[S.M_ONE] = -1, 1
     me[S.M_PAYLOAD_ORDER] = front.payload_order
+    me[S.M_ENTRY] = -1
+    queue = number - (front.nr_lanes - front.queues.number)
+    serves = 0 <= queue < front.queues.number
+    me[S.M_QUEUE] = queue if serves else -1
     out = room[:OUT_BYTES]
     return S.Lane(
         mem=arena.mem,
@@ -195,7 +207,9 @@ def make_lane(vol: Volume, front: Front, number: int) -> S.Lane:
         slots=front.slots,
         free_slots=front.free_slots,
         free_payloads=front.free_payloads,
+        entries=front.queues.entries,
         me=me,
+        uring=front.queues.words[queue] if serves else np.zeros(S.U_WORDS, np.int64),
         nodes=room[NODES_AT : NODES_AT + 4 * S.LANE_NODES].view(np.uint32),
         iov=room[IOV_AT : IOV_AT + 8 * IOV_WORDS].view(np.uint64),
         out=out,

@@ -11,6 +11,7 @@ Starting and stopping belong to the trio thread, which is the main thread.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -56,12 +57,15 @@ class Threads:
         front.control[lanestate.C_STOP] = 1
         lane.run(front.lanes[-1])  # returns at once: this loads it
         front.lanes[-1].me[lanestate.M_LEFT] = 0
-        pump.run(-1, -1, self._words, self.pumped)
+        entries = front.queues.entries
+        pump.run(-1, -1, self._words, self.pumped, entries)
         front.control[lanestate.C_STOP] = 0
-        self._pump = self._begin("pump", pump.run, forward, fuse, self._words, self.pumped)
+        self._pump = self._begin("pump", pump.run, forward, fuse, self._words, self.pumped, entries)
         for number, own in enumerate(front.lanes[:-1]):
-            own.me[lanestate.M_FD] = fuse
-            self._lanes.append(self._begin(f"lane-{number}", self._run_lane, own))
+            queue = int(own.me[lanestate.M_QUEUE])
+            own.me[lanestate.M_FD] = fuse if queue < 0 else front.queues.relay(queue)
+            work = self._run_lane if queue < 0 else self._run_queue
+            self._lanes.append(self._begin(f"lane-{number}", work, own, fuse))
 
     def _begin(self, name: str, work: Any, *args: Any) -> threading.Thread:
         thread = threading.Thread(target=self._work, args=(work, *args), name=name, daemon=True)
@@ -72,12 +76,22 @@ class Threads:
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - OWN_SIGNALS)
         work(*args)
 
-    def _run_lane(self, own: lanestate.Lane) -> None:
+    def _run_lane(self, own: lanestate.Lane, fuse: int) -> None:
         try:
             lane.run(own)
         finally:
             if not own.me[lanestate.M_LEFT]:
                 own.me[lanestate.M_LEFT] = -1
+
+    def _run_queue(self, own: lanestate.Lane, fuse: int) -> None:
+        """A lane whose requests come through a queue; it stays on that queue's processor."""
+        with contextlib.suppress(OSError):  # the processor is not ours, or not there
+            os.sched_setaffinity(0, {int(own.me[lanestate.M_QUEUE])})
+        ring = self._front.queues.open_ring(own, fuse)
+        try:
+            self._run_lane(own, fuse)
+        finally:
+            os.close(ring)
 
     @property
     def lanes_alive(self) -> int:

@@ -285,17 +285,23 @@ def test_the_pump_copies_and_answers_for_what_is_refused() -> None:
     words, counts = np.zeros(pump.REPLY_MOST // 8, np.int64), np.zeros(pump.P_WORDS, np.int64)
     small = 4608  # the device takes no more than this in one message
     inside.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, small)
-    args = (ours.fileno(), inside.fileno(), words, counts)
+    lane_end, relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    entries = np.zeros((3, S.N_WORDS), np.int64)
+    entries[2, [S.N_UNIQUE, S.N_RELAY]] = 9, relay.fileno()
+    args = (ours.fileno(), inside.fileno(), words, counts, entries)
     thread = threading.Thread(target=pump.run, args=args)
     thread.start()
     good = REPLY.pack(20, 0, 5) + b"body"
     pyfuse3.send(good)
     assert fuse.recv(100_000) == good
+    queued = REPLY.pack(20, 0, 9) + b"body"
+    pyfuse3.send(queued)  # its request came through a queue
+    assert lane_end.recv(100_000) == queued
     pyfuse3.send(REPLY.pack(60_016, 0, 6) + bytes(60_000))
     assert fuse.recv(100_000) == REPLY.pack(16, -errno.EIO, 6)
     pyfuse3.close()
     thread.join(SECONDS)
     assert not thread.is_alive()
-    assert counts.tolist()[:3] == [1, 0, 1]
-    for end in (ours, fuse, inside):
+    assert counts.tolist()[:3] == [2, 0, 1]
+    for end in (ours, fuse, inside, lane_end, relay):
         end.close()

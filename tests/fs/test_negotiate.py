@@ -64,6 +64,14 @@ def test_shared_mmap_is_for_mounts_without_a_kernel_cache() -> None:
     assert not flags & N.mask("INIT_EXT")
 
 
+def test_io_uring_is_for_those_who_ask_and_its_pages_fit_into_a_place() -> None:
+    offer = MODERN | N.mask("OVER_IO_URING")
+    assert not agreed(offer, 0)[0] & N.mask("OVER_IO_URING")
+    flags, outcome, _ = agreed(offer, 0, N.Wish(1 << 20, 64, shared_mmap=True, uring=True))
+    assert flags & N.mask("OVER_IO_URING")
+    assert outcome.max_pages == 256
+
+
 def test_an_old_request_has_one_word_of_flags() -> None:
     assert N.offered(request(MODERN, extended=False)) == MODERN & 0xFFFFFFFF
 

@@ -42,6 +42,17 @@ def test_fsx_on_other_block_sizes(scratch: Path, mkfs_args: tuple[str, ...]) -> 
     support.assert_clean(image)
 
 
+@pytest.mark.usefixtures("uring")
+def test_fsx_over_io_uring(scratch: Path) -> None:
+    image = support.mkfs(scratch)
+    with support.our_mount(image, scratch / "mnt", memory="16M") as mount:
+        options = fsx.Options(seed=23, ops=5000, quiet=True)
+        result = fsx.exercise(mount.path / "file", options)
+        assert result.problem == "", "\n".join(fsx.report(mount.path, options, result))
+        assert result.refused <= BY_THE_CLIENT
+    support.assert_clean(image)
+
+
 @support.needs_fio
 def test_compare_prints_json(scratch: Path) -> None:
     words = ("--job", "verify", "--size", "1M", "--runtime", "1", "--memory", "16M", "--json")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 
-from fs import daemon, file, mount, namespace, runfile, xattr
+from fs import daemon, file, mount, namespace, runfile, tuning, xattr
 from fs.front import guard
 from fs.front import options as grammar
 from fs.session import Session
@@ -200,6 +200,8 @@ async def test_many_waiting_requests_do_not_starve_the_others(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two hundred writers that wait, and a stat beside them: pyfuse3 alone stops at 99."""
+    if tuning.transport() == "uring":
+        pytest.skip("a queue has a few places only (docs/lane.md)")
     image, where, waiting = support.mkfs(scratch), scratch / "mnt", 200
     async with served(image, where):
         await away(lambda: (where / "file").touch())

@@ -25,12 +25,15 @@ import trio
 from fs import file, mount, runfile
 from fs import session as sessions
 from fs import stat as figures
+from fs.front import lanestate as S
 from fs.front import options as grammar
 from fs.session import Session
 from tests import support
 from tests.conftest import AllowLogs
 from tests.mount.test_handlers import LOG, Ready, away, error_of, hold_writes, served
 from tools.targets import OurMount, run
+
+pytestmark = pytest.mark.usefixtures("transport")
 
 LANES = "lanes=2"
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -122,7 +125,7 @@ def test_lanes_answer_what_is_cached(scratch: Path) -> None:
         assert sum(found["read"]["lane_ns"].values()) == found["read"]["answered"]
         text = support.nofailfs("stat", mount.path).stdout
         assert "read" in text
-        assert json.loads(support.nofailfs("stat", "--json", mount.path).stdout)["lanes"] == 2
+        assert json.loads(support.nofailfs("stat", "--json", mount.path).stdout)["lanes"] >= 2
         shown = support.nofailfs("info", mount.path).stdout
         assert "parallel_dirops" in shown
         assert "direct_io_allow_mmap" in shown
@@ -284,7 +287,8 @@ async def test_buffers_that_run_out_slow_and_lose_nothing(
                     lambda put=put, data=data: trio.to_thread.run_sync(put, data, limiter=limiter)
                 )
             with trio.fail_after(WAIT_S):
-                while front.free_payload_count:
+                places = front.queues.number * front.queues.places
+                while len(inside) < places if places else front.free_payload_count:
                     await trio.sleep(0.01)
             await trio.sleep(0.1)
             assert 0 < len(inside) < waiting, "what cannot be held stays in the kernel's queue"
@@ -293,6 +297,7 @@ async def test_buffers_that_run_out_slow_and_lose_nothing(
             data = await away((where / f"file{number}").read_bytes)
             assert data == bytes([number]) * front.max_write, number
         assert front.free_payload_count >= front.nr_payloads - front.nr_lanes
+        assert not front.queues.entries[:, S.N_UNIQUE].any()
     support.assert_clean(image)
 
 

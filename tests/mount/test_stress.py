@@ -62,11 +62,21 @@ def check_manifests(reports: list[str]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("mkfs_args", [(), ("-b", "size=1k")], ids=["default", "1k blocks"])
 def test_lanes_truncates_reclaim_and_unlink(scratch: Path, mkfs_args: tuple[str, ...]) -> None:
+    everything_at_once(scratch, mkfs_args, SECONDS / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uring")
+def test_the_same_over_io_uring(scratch: Path) -> None:
+    everything_at_once(scratch, (), SECONDS / 2)
+
+
+def everything_at_once(scratch: Path, mkfs_args: tuple[str, ...], seconds: float) -> None:
     image = support.mkfs(scratch, *mkfs_args, size=1 << 30)
     where = scratch / "mnt"
     with support.our_mount(image, where, memory="16M") as mount:
         prepare(mount.path)
-        reports = run(mount.path, SECONDS / 2)
+        reports = run(mount.path, seconds)
         looked = check_manifests(reports)
         assert looked
         support.assert_small(mount)
