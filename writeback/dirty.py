@@ -12,8 +12,6 @@ is in line, and tell the trio thread when the flusher has work (`poke`).
 Invariant: dirty + writeback <= limit + what each admitted writer dirties in one step.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
-
 from __future__ import annotations
 
 from collections import deque
@@ -21,9 +19,6 @@ from collections.abc import Callable
 
 import numpy as np
 import trio
-
-from alloc.atomic import fetch_add
-from alloc.jit import kernel
 
 BACKGROUND_RATIO = 10  # vm.dirty_background_ratio, percent of dirtyable memory
 RATIO = 20  # vm.dirty_ratio
@@ -44,13 +39,6 @@ def thresholds(dirtyable: int, background_ratio: int, ratio: int) -> tuple[int, 
     if background >= limit:
         background = limit // 2
     return background, limit
-
-
-@kernel("void(i8[::1], i8, i8, i8, i8)")
-def _move(counts, one, pages, other, more):
-    """Add to two counters."""
-    fetch_add(counts, one, pages)
-    fetch_add(counts, other, more)
 
 
 class Dirty:
@@ -115,32 +103,13 @@ class Dirty:
         if self.over_background():
             self.wake_flusher()
 
-    def dirtied(self, pages: int) -> None:
-        """`pages` became dirty (0: a kernel has counted them)."""
+    def dirtied(self) -> None:
+        """Pages became dirty; a kernel has counted them."""
         counts = self.counts
-        if pages:
-            _move(counts, NR_DIRTY, pages, NR_DIRTIED, pages)
         if counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
             self.update()
         if counts[NR_DIRTY] > self.background:
             self.wake_flusher()
-
-    def start_writeback(self, pages: int) -> None:
-        """`pages` dirty pages are on their way to the device."""
-        _move(self.counts, NR_DIRTY, -pages, NR_WRITEBACK, pages)
-        assert self.counts[NR_DIRTY] >= 0
-
-    def end_writeback(self, pages: int) -> None:
-        """`pages` pages are written (or have failed): writers may go on."""
-        _move(self.counts, NR_WRITEBACK, -pages, NR_WRITTEN, pages)
-        assert self.counts[NR_WRITEBACK] >= 0
-        self.admit()
-
-    def cancelled(self, pages: int) -> None:
-        """`pages` dirty pages were thrown away by a truncation."""
-        _move(self.counts, NR_DIRTY, -pages, NR_DIRTIED, 0)
-        assert self.counts[NR_DIRTY] >= 0
-        self.admit()
 
     def must_wait(self) -> bool:
         """Whether a writer has to wait now; the cheap test before `balance`."""

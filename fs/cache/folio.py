@@ -323,7 +323,7 @@ class PageCache:
         """A kernel dirtied and counted pages of a mapping."""
         if pages:
             self.vol.flusher.enlist(handle)
-            self.dirty.dirtied(0)
+            self.dirty.dirtied()
 
     def cut(self, pfn: int, start: int, end: int) -> tuple[int, int]:
         """Throw away bytes [start, end) of a folio; RESERVED and PENDING blocks forgotten."""

@@ -60,12 +60,6 @@ def post(control, ring, kind, a, b, c, time):
     store_release(cells, at + E_SEQ, ticket + 1)
 
 
-@kernel(f"void(i8[::1], {_RING}, i8, i8, i8, i8, i8)")
-def post_one(control, ring, kind, a, b, c, time):
-    """`post`, for tests and for trio itself; the ring must have room."""
-    post(control, ring, kind, a, b, c, time)
-
-
 @kernel(f"i8(i8[::1], {_RING}, i8[:,::1])")
 def take(control, ring, out):
     """Move entries into `out`, oldest first; how many."""

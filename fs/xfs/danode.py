@@ -205,12 +205,6 @@ def set_hash(mem, addr, index, hash_value):
     put32(mem, addr + HEADER + index * ENTRY, hash_value)
 
 
-@kernel("void(u1[::1], i8, i8, i8)")
-def set_child(mem, addr, index, block):
-    """Change an entry's child, after the child moved to another block."""
-    put32(mem, addr + HEADER + index * ENTRY + 4, block)
-
-
 @helper
 def _slide(mem, source, target, n):
     """Copy n bytes inside mem; the ranges may overlap."""

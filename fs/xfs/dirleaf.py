@@ -441,12 +441,6 @@ def free_first(mem, addr):
 
 
 @kernel("i8(u1[::1], i8)")
-def free_valid(mem, addr):
-    """Entries in use at the table's front."""
-    return get32(mem, addr + NVALID)
-
-
-@kernel("i8(u1[::1], i8)")
 def free_used(mem, addr):
     """Entries of existing data blocks."""
     return get32(mem, addr + NUSED)

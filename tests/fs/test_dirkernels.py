@@ -316,7 +316,8 @@ def test_free_index_follows_its_model(steps: list[tuple[int, int]]) -> None:
         F.set_free(free.mem, free.addr, i, model.get(i, F.NULL_BEST))
         assert F.FREE_REASONS[F.verify_free(*free.args)] == ""
         assert F.free_used(free.mem, free.addr) == len(model)
-        assert F.free_valid(free.mem, free.addr) == max(model, default=-1) + 1
+        (valid,) = struct.unpack_from(">I", free.mem, free.addr + F.NVALID)
+        assert valid == max(model, default=-1) + 1
         fitting = [j for j, best in sorted(model.items()) if best >= 50]
         assert F.free_fit(free.mem, free.addr, 50) == (fitting[0] if fitting else -1)
         hole = min(set(range(size)) - set(model))

@@ -15,12 +15,13 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
 
-from alloc.jit import DISABLED
+from alloc.jit import DISABLED, probe
 from fs.device.image import ImageFile
 from fs.front import buffers, lane, park, pump, ring, wire
 from fs.front import lanestate as S
@@ -238,6 +239,12 @@ async def test_no_slot_means_waiting(scratch: Path) -> None:
 # -- the ring, the stacks, the pump ---------------------------------------------------------------
 
 
+@probe
+def post(control: Any, cells: Any, kind: int, a: int, b: int, c: int, time: int) -> None:
+    """Post one entry, as a lane does."""
+    ring.post(control, cells, kind, a, b, c, time)
+
+
 @needs_jit
 def test_the_ring_loses_nothing_and_keeps_each_producers_order() -> None:
     producers, each = 4, 3000
@@ -246,7 +253,7 @@ def test_the_ring_loses_nothing_and_keeps_each_producers_order() -> None:
 
     def produce(number: int) -> None:
         for n in range(each):
-            ring.post_one(control, cells, number, n, n * 2, n * 3, n * 4)
+            post(control, cells, number, n, n * 2, n * 3, n * 4)
 
     threads = [threading.Thread(target=produce, args=(n,)) for n in range(producers)]
     for thread in threads:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from fs.cache.radix import R_LOCK
 from fs.volume import Volume
 from tests import support
 from tests.fs.imagefiles import a_file, opened
-from writeback.dirty import NR_DIRTIED, NR_DIRTY, Dirty
 from writeback.mapping import INODE_DIRTY, LISTED
 
 pytestmark = [
@@ -169,34 +167,6 @@ async def test_nothing_dirty_leaves_the_list(scratch: Path) -> None:
         assert min(out[2], settled) > 100
         vol.flusher.settle(ip.handle)
         assert vol.pages.state(ip.handle)["flags"] == 0
-
-
-@kernel("void(i8[::1], i8[::1])")
-def count_often(counts, out):
-    """A lane that dirties pages; nothing here is cleaned. out[1]: how many."""
-    while load_acquire(out, STOP) == 0:
-        fetch_add(counts, NR_DIRTY, 1)
-        fetch_add(counts, NR_DIRTIED, 1)
-        fetch_add(out, 1, 1)
-
-
-def test_no_dirty_page_is_miscounted() -> None:
-    dirty, out = Dirty(lambda: 1 << 30), np.zeros(2, np.int64)
-    thread = threading.Thread(target=count_often, args=(dirty.counts, out))
-    thread.start()
-    while not out[1]:
-        time.sleep(0.01)
-    for _ in range(20_000):
-        dirty.dirtied(0)
-        dirty.dirtied(3)
-        dirty.start_writeback(2)
-        dirty.end_writeback(2)
-        dirty.cancelled(1)
-        dirty.poke()
-    out[STOP] = 1
-    thread.join()
-    assert (dirty.nr_dirty, dirty.nr_writeback) == (out[1], 0)
-    assert dirty.counts[NR_DIRTIED] == out[1] + 3 * 20_000
 
 
 # -- whole files -------------------------------------------------------------------------------

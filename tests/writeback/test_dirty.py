@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.writeback import counts
 from writeback import dirty
 from writeback.dirty import LIMIT_MIN, Dirty, thresholds
 
@@ -34,9 +35,9 @@ def test_flusher_is_woken_above_background_only() -> None:
     some = make()
     woken: list[int] = []
     some.wake_flusher = lambda: woken.append(some.nr_dirty)
-    some.dirtied(some.background)
+    counts.dirtied(some, some.background)
     assert not woken
-    some.dirtied(1)
+    counts.dirtied(some, 1)
     assert woken == [some.background + 1]
     assert some.over_background()
 
@@ -46,26 +47,13 @@ def test_limits_follow_memory() -> None:
     some = Dirty(lambda: memory[0])
     before = some.limit
     memory[0] = 5_000
-    some.dirtied(dirty.RATELIMIT_PAGES)
+    counts.dirtied(some, dirty.RATELIMIT_PAGES)
     assert some.limit == pytest.approx(before / 2, abs=1)
-
-
-def test_counts_move_from_dirty_to_written() -> None:
-    some = make()
-    some.dirtied(10)
-    some.start_writeback(10)
-    assert (some.nr_dirty, some.nr_writeback) == (0, 10)
-    some.end_writeback(10)
-    assert (some.nr_dirty, some.nr_writeback) == (0, 0)
-    some.dirtied(3)
-    some.cancelled(3)
-    assert some.nr_dirty == 0
-    assert some.counts[dirty.NR_WRITTEN] == 10
 
 
 async def test_writer_below_the_limit_does_not_wait() -> None:
     some = make()
-    some.dirtied(some.limit - 1)
+    counts.dirtied(some, some.limit - 1)
     with trio.fail_after(0):
         await some.balance(100)
     assert some.throttled == 0
@@ -75,23 +63,23 @@ async def test_writers_wait_in_line_and_leave_in_line(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     some = make()
-    some.dirtied(some.limit)
+    counts.dirtied(some, some.limit)
     order: list[int] = []
 
     async def writer(number: int) -> None:
         await some.balance(8)
         order.append(number)
-        some.dirtied(8)
+        counts.dirtied(some, 8)
 
     async with trio.open_nursery() as nursery:
         for number in range(3):
             nursery.start_soon(writer, number)
             await trio.testing.wait_all_tasks_blocked()
         assert some.nr_waiting == 3
-        some.start_writeback(some.limit)
+        counts.start_writeback(some, some.limit)
         assert some.nr_waiting == 3  # on its way is not written
         for _ in range(3):
-            some.end_writeback(8)
+            counts.end_writeback(some, 8)
             await trio.testing.wait_all_tasks_blocked()
     assert order == [0, 1, 2]
     assert some.throttled == 3
@@ -100,7 +88,7 @@ async def test_writers_wait_in_line_and_leave_in_line(
 
 async def test_newcomers_do_not_overtake(autojump_clock: trio.testing.MockClock) -> None:
     some = make()
-    some.dirtied(some.limit)
+    counts.dirtied(some, some.limit)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(some.balance, 1)
         await trio.testing.wait_all_tasks_blocked()
@@ -115,7 +103,7 @@ async def test_a_cancelled_writer_leaves_the_line(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     some = make()
-    some.dirtied(some.limit)
+    counts.dirtied(some, some.limit)
     scope = trio.CancelScope()
     done = trio.Event()
 
@@ -135,7 +123,7 @@ async def test_a_cancelled_writer_leaves_the_line(
         scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
         assert some.nr_waiting == 1
-        some.cancelled(1)
+        counts.throw_away(some, 1)
         await done.wait()
     assert some.nr_waiting == 0
 
@@ -158,7 +146,7 @@ async def test_what_lanes_look_at(autojump_clock: trio.testing.MockClock) -> Non
 
 async def test_lanes_see_the_line(autojump_clock: trio.testing.MockClock) -> None:
     some = make()
-    some.dirtied(some.limit)
+    counts.dirtied(some, some.limit)
     scope = trio.CancelScope()
 
     async def writer() -> None:
@@ -173,5 +161,5 @@ async def test_lanes_see_the_line(autojump_clock: trio.testing.MockClock) -> Non
         scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
         assert some.counts[dirty.COUNT_WAITERS] == 1
-        some.cancelled(1)
+        counts.throw_away(some, 1)
         assert some.counts[dirty.COUNT_WAITERS] == 0

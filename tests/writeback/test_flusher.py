@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from alloc import gfp
+from tests.writeback import counts
 from writeback.dirty import Dirty
 from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher
 from writeback.mapping import INODE_DIRTY, LISTED, STATE
@@ -72,7 +73,7 @@ class FakeMappings:
     def make_dirty(self, handle: int, pages: int = 1) -> None:
         self.states["ndirty"][handle] += pages
         self.flusher.enlist(handle)
-        self.dirty.dirtied(pages)
+        counts.dirtied(self.dirty, pages)
 
     async def write_range(
         self, handle: int, start: int, end: int, *, integrity: bool, budget: int
@@ -83,11 +84,11 @@ class FakeMappings:
             raise OSError(5, "told to fail")
         pages = min(int(self.states["ndirty"][handle]), budget)
         self.states["ndirty"][handle] -= pages
-        self.dirty.start_writeback(pages)
+        counts.start_writeback(self.dirty, pages)
         self.log.append((trio.current_time(), handle, pages, integrity))
         self.while_writing(handle)
         await trio.sleep(self.seconds)
-        self.dirty.end_writeback(pages)
+        counts.end_writeback(self.dirty, pages)
         return pages
 
     async def write_object(self, handle: int) -> None:
@@ -250,7 +251,7 @@ async def test_list_survives_leaving_in_any_order(
             m.make_dirty(handle)
         for handle in (3, 1, 5, 2, 4):
             m.states["ndirty"][handle] = 0
-            m.dirty.cancelled(1)
+            counts.throw_away(m.dirty, 1)
             m.flusher.settle(handle)
         assert m.flusher.nr_listed == 0
         m.make_dirty(2)
