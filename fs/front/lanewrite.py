@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alloc.atomic import spin_lock, spin_unlock
+from alloc.atomic import fetch_add, spin_lock, spin_unlock
 from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK, take
 from alloc.jit import helper
 from alloc.libc import realtime_ns
@@ -166,11 +166,12 @@ def _written(l, handle, end, pages):
 
 @helper
 def _settle(l, inserted, spare):
-    """After the spin lock: the LRU, and a folio that was not needed."""
+    """After the spin lock: the LRU, and folios that were held for it or not needed."""
     if inserted != 0:
         lru_move(l.words, l.flags, l.order, l.refs, l.lru_next, l.lru_prev, inserted, ADD)
-    elif l.me[M_HINT + 1] != 0:
+    if l.me[M_HINT + 1] != 0:
         mark_accessed(l, l.me[M_HINT + 1])
+        put_folio(l, l.me[M_HINT + 1])
     if spare != 0:
         l.mapping[spare] = 0
         put_folio(l, spare)
@@ -178,11 +179,18 @@ def _settle(l, inserted, spare):
 
 @helper
 def _copy(l, root, at, end, source):
-    """Under the spin lock: copy into what is ready; the position reached."""
-    return copy_ready(
+    """Under the spin lock: copy into what is ready; the position reached.
+
+    The folio that me[M_HINT + 1] then asks to activate has got a reference: that is done without
+    the lock, where it may be written and reclaimed meanwhile.
+    """
+    reached = copy_ready(
         l.m4, l.m8, l.mem, l.flags, l.order, l.index, l.blocks, l.dirty, root, l.geo[G_BLOCK_LOG],
         at, end, l.mem, source, l.me[M_HINT:],
     )  # fmt: skip
+    if l.me[M_HINT + 1] != 0:
+        fetch_add(l.refs, l.me[M_HINT + 1], 1)
+    return reached
 
 
 @helper
@@ -194,6 +202,7 @@ def _copy_step(l, handle, at, end, source):
     reached = at
     reason = np.int64(READY)
     claimed = False
+    l.me[M_HINT + 1] = 0
     spin_lock(l.m4, root + R_LOCK)
     for _ in range(LOOKS):
         if not claimed:

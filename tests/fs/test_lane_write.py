@@ -290,6 +290,26 @@ async def test_a_tree_or_a_sharing_file_is_left_to_trio(scratch: Path) -> None:
     support.assert_clean(image)
 
 
+async def test_a_folio_that_is_gone_is_not_touched_again(scratch: Path) -> None:
+    """Nothing of one write is remembered for the next: its folio may be free by then."""
+    image = support.mkfs(scratch)
+    async with (
+        opened(image) as vol,
+        a_file(vol, b"one") as ip,
+        a_file(vol, b"other") as other,
+        a_desk(vol) as desk,
+    ):
+        await listed(desk, ip)
+        assert await desk.write(ip, 0, PAGE[:100]) == 100
+        folio = vol.pages.find(ip.handle, 0)
+        assert desk.lane.me[S.M_HINT + 1] == folio  # its second use: it was activated
+        await file.truncate(vol, ip, 0)
+        before = int(vol.arena.pages.flags[folio])
+        await parked(desk, other, "list", 0)
+        assert int(vol.arena.pages.flags[folio]) == before
+    support.assert_clean(image)
+
+
 async def test_errors_come_as_fs_file_has_them(scratch: Path) -> None:
     async with opened(support.mkfs(scratch)) as vol, a_file(vol) as ip, a_desk(vol) as desk:
         with pytest.raises(OSError) as caught:
