@@ -34,6 +34,7 @@ from fs.front.options import MountOptions
 from fs.front.statfs import statfs
 from fs.xfs import dir as directory
 from fs.xfs import layout as L
+from fs.xfs import stamp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -242,7 +243,7 @@ class Operations(pyfuse3.Operations):
             if fields.update_size:
                 self.check_open(ip, os.O_WRONLY | os.O_TRUNC)
                 await file.truncate(self.vol, ip, attr.st_size)
-            changes = _changes(attr, fields)
+            changes = _changes(attr, fields, self.vol.geo.has_bigtime)
             await self._lose_privileges(ip, fields, ctx, changes)
             if changes:
                 await namespace.setattr(self.vol, ip, changes)
@@ -423,7 +424,9 @@ def _check_attributes(ip: Inode) -> None:
         raise OSError(errno.EPERM, "immutable or append-only")
 
 
-def _changes(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> dict[str, int]:
+def _changes(
+    attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, bigtime: bool
+) -> dict[str, int]:
     """What a setattr changes besides the size, under in-core names and in in-core units."""
     changes: dict[str, int] = {}
     if fields.update_mode:
@@ -434,5 +437,5 @@ def _changes(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> di
         changes["gid"] = attr.st_gid
     for name in ("atime", "mtime", "ctime"):
         if getattr(fields, f"update_{name}"):
-            changes[name] = getattr(attr, f"st_{name}_ns") + attrs.EPOCH_NS
+            changes[name] = stamp.from_unix_ns(getattr(attr, f"st_{name}_ns"), bigtime)
     return changes

@@ -343,6 +343,19 @@ async def test_immutable_and_append_only(image: Path) -> None:
             vol.inodes.put(made)
 
 
+@pytest.mark.parametrize(("bigtime", "last"), [(True, 16299260424), (False, (1 << 31) - 1)])
+def test_the_ends_of_time(bigtime: bool, last: int) -> None:
+    for seconds, rest, want in (
+        (last - 1, 7, (last - 1) * 10**9 + 7),
+        (last, 7, last * 10**9),
+        (last + 1, 7, last * 10**9),
+        (-1, 7, -(10**9) + 7),
+        (-(1 << 31), 7, -(1 << 31) * 10**9),
+        (-(1 << 40), 7, -(1 << 31) * 10**9),
+    ):
+        assert stamp.to_unix_ns(stamp.from_unix_ns(seconds * 10**9 + rest, bigtime)) == want
+
+
 async def test_setattr_changes_what_it_is_told(image: Path) -> None:
     async with opened(image) as vol, using(vol) as root:
         ip = await namespace.create(vol, root, b"f", 0o644, 0, 0)

@@ -115,6 +115,18 @@ def test_stamps_of_all_times(here: Path, ns: int) -> None:
     assert (status.st_atime_ns, status.st_mtime_ns) == (ns, ns)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "last"), [(1 << 34, 16299260424), (1 << 40, 16299260424), (-(1 << 40), -(1 << 31))]
+)
+def test_stamps_that_no_inode_can_hold(here: Path, seconds: int, last: int) -> None:
+    """They become the first or last that it can, as in the kernel's XFS."""
+    path = here / "file"
+    path.touch()
+    os.utime(path, ns=(seconds * 10**9 + 5,) * 2)
+    status = path.stat()
+    assert status.st_atime_ns == status.st_mtime_ns == last * 10**9
+
+
 def test_an_unlinked_file_lives_until_it_is_closed(here: Path) -> None:
     fd = os.open(here / "file", os.O_CREAT | os.O_RDWR)
     os.write(fd, b"x" * (1 << 20))
