@@ -63,9 +63,14 @@ def _split(name: bytes) -> tuple[int, bytes]:
     raise OSError(errno.EOPNOTSUPP, "unknown attribute namespace")
 
 
+def stored_as(name: bytes) -> tuple[int, bytes]:
+    """Namespace and name of an attribute in the image. Raises OSError(EOPNOTSUPP, EINVAL)."""
+    return (ROOT, ACLS[name]) if name in ACLS else _split(name)
+
+
 async def get(vol: Volume, ip: Inode, name: bytes) -> bytes:
-    """Value of an attribute. Raises OSError(ENODATA, EOPNOTSUPP), Corrupt."""
-    flags, stored = (ROOT, ACLS[name]) if name in ACLS else _split(name)
+    """Value of an attribute. Raises OSError(ENODATA, EOPNOTSUPP, EINVAL), Corrupt."""
+    flags, stored = stored_as(name)
     async with vol.reader(ip) as tp:
         value = await attr.get(tp, ip, flags, stored)
     if value is None:
@@ -119,9 +124,16 @@ async def drop_capability(vol: Volume, ip: Inode) -> None:
 
 
 async def remove(vol: Volume, ip: Inode, name: bytes) -> None:
-    """Remove an attribute. Raises OSError(ENODATA, EOPNOTSUPP), Corrupt."""
+    """Remove an attribute. Raises OSError(ENODATA, EOPNOTSUPP), Corrupt.
+
+    An ACL that is not there is removed already.
+    """
     if name in ACLS:
-        await attr.remove(vol, ip, ROOT, ACLS[name])
+        try:
+            await attr.remove(vol, ip, ROOT, ACLS[name])
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
         return
     namespace, stored = _split(name)
     await attr.remove(vol, ip, namespace, stored)

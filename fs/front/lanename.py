@@ -73,6 +73,11 @@ STATFS_NAMELEN = 255
 SECOND = np.uint64(10**9)
 EPOCH = L.BIGTIME_EPOCH_SECONDS
 DOT = 46
+GETXATTR_NAME = wire.BODY + 8
+USER, SECURITY, TRUSTED, ACLS = (
+    np.frombuffer(prefix, np.uint8)
+    for prefix in (b"user.", b"security.", b"trusted.", b"system.posix_acl_")
+)
 
 # Bytes of a reply's body: struct fuse_entry_out, fuse_attr_out, fuse_statx_out, fuse_statfs_out.
 ENTRY_BYTES, ATTR_BYTES, STATX_BYTES, STATFS_BYTES = 128, 104, 288, 80
@@ -353,10 +358,28 @@ def _has_attributes(l, at):
 
 
 @helper
+def _begins(l, at, prefix):
+    """Does the string in the message begin with a prefix, and go on?"""
+    for i in range(len(prefix)):
+        if l.mem[at + i] != prefix[i]:
+            return False
+    return l.mem[at + len(prefix)] != 0
+
+
+@helper
+def _is_attribute(l):
+    """Could there be an attribute of the name in hand?"""
+    at = message(l) + GETXATTR_NAME
+    if _begins(l, at, USER) or _begins(l, at, SECURITY):
+        return True
+    return _begins(l, at, TRUSTED) or _begins(l, at, ACLS)
+
+
+@helper
 def serve_getxattr(l):
     """ENODATA for an inode without attributes; the root has virtual ones, which are not ours."""
     node = u64(l, wire.H_NODEID)
-    if node == ROOT:
+    if node == ROOT or not _is_attribute(l):
         return FORWARD
     h = _lock(l, node)
     if h == 0:

@@ -294,6 +294,7 @@ class Operations(pyfuse3.Operations):
             return self.statistics()
         async with self.using(inode) as ip:
             if not ip.forkoff:  # the kernel asks before each write; answer at once
+                xattr.stored_as(name)
                 raise OSError(pyfuse3.ENOATTR, "no attributes")
             return await xattr.get(self.vol, ip, name)
 

@@ -272,6 +272,13 @@ async def test_absent_attributes(scratch: Path) -> None:
         question = struct.pack("=II", 0, 0) + b"security.capability\0"
         assert ask(desk, wire.GETXATTR, inos[b"dir"], question) == (S.ANSWERED, errno.ENODATA, b"")
         assert ask(desk, wire.GETXATTR, ROOT, question)[0] == S.FORWARD, "it has virtual ones"
+        for name in (b"user.a", b"trusted.a", b"system.posix_acl_access"):
+            assert ask(desk, wire.GETXATTR, inos[b"dir"], bytes(8) + name + b"\0")[1:] == (
+                errno.ENODATA,
+                b"",
+            )
+        for name in (b"user.", b"user", b"system.a", b"other.a", b"trusted."):
+            assert ask(desk, wire.GETXATTR, inos[b"dir"], bytes(8) + name + b"\0")[0] == S.FORWARD
         ip = await vol.inodes.get(inos[b"dir"])
         await xattr.set(vol, ip, b"user.x", b"y")
         assert ask(desk, wire.GETXATTR, ip.ino, question)[0] == S.FORWARD

@@ -209,6 +209,24 @@ def test_attribute_namespaces(here: Path) -> None:
     assert os.getxattr(here / "link", "trusted.x", follow_symlinks=False) == b"1"
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("user.a", errno.ENODATA),
+        ("user.", errno.EINVAL),
+        ("user", errno.EOPNOTSUPP),
+        ("other.a", errno.EOPNOTSUPP),
+        ("system.a", errno.EOPNOTSUPP),
+    ],
+)
+def test_names_that_no_attribute_has(here: Path, name: str, error: int) -> None:
+    path = here / "file"
+    path.touch()
+    for _ in range(2):
+        fails(error, os.getxattr, path, name)
+        os.setxattr(path, "user.b", b"")
+
+
 def test_hard_links(here: Path) -> None:
     path = here / "0"
     path.write_text("one file")
