@@ -37,6 +37,7 @@ MODES = {
     INSERT_RANGE, UNSHARE_RANGE, UNSHARE_RANGE | KEEP_SIZE,
 }  # fmt: skip
 
+POSITION_MAX = (1 << 63) - 1
 CLASSIFY_BLOCKS = 1 << 14  # that are looked up together
 COPY_BYTES = 1 << 17
 
@@ -52,7 +53,7 @@ async def fallocate(
     """
     vol.check_writable()
     _check(ip, offset, length, mode)
-    end = offset + length
+    end = min(offset + length, max(offset, SIZE_MAX))
     async with vol.iolock(ip):
         if mode & (COLLAPSE_RANGE | INSERT_RANGE):
             _check_shift(vol, ip, offset, end, mode)
@@ -83,7 +84,8 @@ def _check(ip: Inode, offset: int, length: int, mode: int) -> None:
         raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
     if not stat.S_ISREG(ip.mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    if offset + length > SIZE_MAX:
+    # A hole may reach to where no file does: nothing is there as it is.
+    if offset + length > (POSITION_MAX if mode & PUNCH_HOLE else SIZE_MAX):
         raise OSError(errno.EFBIG, "file too large")
 
 

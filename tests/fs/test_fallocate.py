@@ -243,6 +243,7 @@ CALLS = [
     for offset, length in [*RANGES, (0, 8192), (0, 45056), (36864, 4096), (8192, 8192), (512, 4096)]
 ]
 CALLS += [(mode, 0, 4096) for mode in (2, 4, 9, 33, 18, 128, 256)]
+CALLS += [(PUNCH, 16384, (1 << 63) - 1 - 16384), (PUNCH, (1 << 63) - 8192, 4096)]
 
 Outcome = tuple[int, int, bytes, list[tuple[int, int, bool]]]  # errno, size, content, extents
 
