@@ -275,15 +275,18 @@ async def _submit(vol: Volume, ip: Inode, segments: list[Segment]) -> None:
 
 
 async def _complete(vol: Volume, ip: Inode, ioend: Ioend, segments: list[Segment]) -> None:
-    """The data is on the device: make the extent map and the size say so."""
-    edits = [s for s in segments if s.then != IN_PLACE]
-    while len(edits) > EDITS_MAX:
-        await _edit_map(vol, ip, edits[:EDITS_MAX], 0)
-        edits = edits[EDITS_MAX:]
+    """The data is on the device: make the extent map and the size say so.
+
+    On an error `segments` has those whose change of the map was not made.
+    """
+    segments[:] = [s for s in segments if s.then != IN_PLACE]
+    while len(segments) > EDITS_MAX:
+        await _edit_map(vol, ip, segments[:EDITS_MAX], 0)
+        del segments[:EDITS_MAX]
     last, count = ioend.ranges()[-1]
     size = min(ioend.size, last + count << vol.geo.block_log)
-    if edits or size > ip.disk_size:
-        await _edit_map(vol, ip, edits, size)
+    if segments or size > ip.disk_size:
+        await _edit_map(vol, ip, segments, size)
 
 
 async def _edit_map(vol: Volume, ip: Inode, edits: list[Segment], size: int) -> None:

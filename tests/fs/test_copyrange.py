@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from alloc import gfp
-from fs import copyrange, file
+from fs import copyrange, file, writepages
 from fs.cache.inode import Inode
 from fs.log.transaction import Transaction
 from fs.volume import Volume
@@ -344,6 +344,41 @@ async def test_a_failed_write_back_of_the_source_is_not_shared(
         vol.dev.fail_writes = False  # type: ignore[attr-defined]
         assert b.nblocks == 0
     support.assert_clean(image)
+
+
+async def test_a_completion_that_fails_half_way(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, allow_logs: AllowLogs
+) -> None:
+    """Copies that have taken the place of shared blocks stay, the others are freed."""
+    allow_logs("write-back failed")
+    image = support.mkfs(scratch)
+    edit_map, edits = writepages._edit_map, []
+
+    async def edit_first(vol: Volume, ip: Inode, some: list[writepages.Segment], size: int) -> None:
+        edits.append(len(some))
+        if len(edits) > 1:
+            raise OSError(errno.EIO, "the map cannot be read")
+        await edit_map(vol, ip, some, size)
+
+    async with opened(image) as vol, files(vol, "ab") as (a, b):
+        old, new = os.urandom(100 << 12), os.urandom(4096)
+        await file.write(vol, a, 0, old)
+        assert await copyrange.copy(vol, a, 0, b, 0, len(old)) == len(old)
+        for page in range(0, 100, 2):
+            await file.write(vol, b, page << 12, new)
+        monkeypatch.setattr(writepages, "_edit_map", edit_first)
+        with refused(errno.EIO):
+            await file.fsync(vol, b)
+        assert edits == [writepages.EDITS_MAX, 50 - writepages.EDITS_MAX]
+        monkeypatch.undo()
+        await drop_caches(vol)
+        changed = await contents(vol, b)
+        for page in range(100):
+            done = page % 2 == 0 and page < 2 * writepages.EDITS_MAX
+            at = page << 12
+            assert changed[at : at + 4096] == (new if done else old[at : at + 4096])
+        assert await contents(vol, a) == old
+    judge(image)
 
 
 async def test_many_owners(scratch: Path) -> None:
