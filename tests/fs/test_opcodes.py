@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from fs import file, ioctl, namespace
 from fs.cache.inode import Inode
@@ -115,6 +116,24 @@ async def test_copy_file_range(scratch: Path, reflink: str, opcode: int) -> None
         odd = body[:-8] + struct.pack("=Q", 1)
         assert (await ask(desk, opcode, ip.ino, odd))[0] == errno.EINVAL
         vol.inodes.put(copy)
+
+
+async def test_a_cancelled_file_without_a_name_is_freed(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else knows of it: what is not given back here stays on the unlinked list."""
+
+    async def complete(dp: Inode, ip: Inode) -> None:
+        await trio.sleep_forever()
+
+    async with ready(scratch) as (vol, desk, _):
+        monkeypatch.setattr(desk.ops, "complete", complete)
+        body = struct.pack("=4I", os.O_RDWR, stat.S_IFREG | 0o640, 0o22, 0) + b"#1\0"
+        with trio.move_on_after(0.05) as scope:
+            await ask(desk, wire.TMPFILE, 1, body)
+        assert scope.cancelled_caught
+        await vol.drain_inactive()
+        assert not desk.ops.gate.running
 
 
 async def test_a_file_without_a_name(scratch: Path) -> None:
