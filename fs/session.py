@@ -142,13 +142,13 @@ class Session:
     def _statistics(self) -> bytes:
         """What `nofailfs stat` shows."""
         assert self._ops is not None
-        front = self._lanes.front if self._lanes is not None else None
-        return statistics.encode(statistics.gather(self._ops.gate, front))
+        return statistics.encode(statistics.gather(self._ops.gate, self._lanes))
 
     def _agreed(self, outcome: Outcome) -> None:
         """What the kernel and we agreed upon, for `nofailfs info`."""
         outcome = replace(outcome, max_pages=min(outcome.max_pages, tuning.pages_limit()))
-        self._keeper.set(negotiated=asdict(outcome))
+        assert self._lanes is not None
+        self._keeper.set(negotiated=asdict(outcome) | {"latency": self._lanes.latency.state})
         self._log.debug("negotiated: %s", outcome)
 
     @contextlib.contextmanager

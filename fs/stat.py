@@ -64,6 +64,9 @@ def text(figures: dict[str, Any]) -> str:
         out += f"slots {free} free of {slots}, payloads {free_payloads} free of {payloads}"
         out += f", replies unwanted {figures['unwanted_replies']}"
         out += f", refused {figures['refused_replies']}\n"
+    if latency := figures.get("latency"):
+        out += f"latency {latency['state']}, held {latency['times']} times"
+        out += f", {latency['seconds']:.1f} s in all\n"
     if not figures["opcodes"]:
         return out
     out += COLUMNS.format("", "answered", "parked", "forwarded", *("p50", "p99") * 2)

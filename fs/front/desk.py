@@ -24,6 +24,7 @@ import trio
 from fs.front import lanestate as S
 from fs.front import opcodes, opnames, ring, wire
 from fs.front.guard import error_of
+from fs.front.latency import Latency
 from fs.front.park import Front
 from fs.front.threads import Threads
 
@@ -37,9 +38,12 @@ ENDED = (errno.ENODEV, errno.ECONNABORTED)  # what a lane reads when the connect
 class Desk:
     """Serves what the lanes of one mount hand over; made and run on the trio thread."""
 
-    def __init__(self, front: Front, threads: Threads, log: logging.Logger) -> None:
+    def __init__(
+        self, front: Front, threads: Threads, latency: Latency, log: logging.Logger
+    ) -> None:
         self._front = front
         self._threads = threads
+        self._latency = latency
         self._log = log
         self._vol = front.vol
         self._entries = np.zeros((ENTRIES, ring.CELL_WORDS), np.int64)
@@ -125,6 +129,8 @@ class Desk:
             vol.arena.reclaim.wake_kswapd()
         if bits & S.B_MEMORY:
             vol.arena.kick()
+        if bits & S.B_BUSY:
+            self._latency.hasten()
         vol.arena.rcu.reap()
 
     def _drain(self, nursery: trio.Nursery) -> None:

@@ -32,7 +32,7 @@ from alloc.rcu import rcu_enter, rcu_exit
 from fs.front import lanename, lanequeue, wire
 from fs.front.buffers import pop
 from fs.front.laneread import serve_read
-from fs.front.lanereply import bell, message, reply, u32, u64
+from fs.front.lanereply import bell, message, note_turn, reply, u32, u64
 from fs.front.lanestate import (
     ANSWERED,
     B_LEFT,
@@ -169,6 +169,7 @@ def _receive(l):
     if n > 0:
         l.me[M_TIME] = monotonic_ns()
         l.me[M_LEN] = n
+        note_turn(l)
         return n
     if n == -EINTR or n == -EAGAIN or n == -ENOENT:
         return 0

@@ -22,14 +22,20 @@ from alloc.libc import write_bytes
 from fs.front import lanequeue
 from fs.front.lanestate import (
     ANSWERED,
+    B_BUSY,
+    BUSY_TURNS,
     C_BELL,
     C_BELL_FD,
+    C_BUSY_NS,
+    M_BUSY,
     M_ENTRY,
     M_FD,
     M_ONE,
     M_QUEUE,
     M_REFUSED,
     M_SLOT,
+    M_TIME,
+    M_TURNS,
     M_UNWANTED,
     S_ADDR,
 )
@@ -99,3 +105,13 @@ def bell(l, bits):
     """Wake trio for what `bits` say; store first what it shall find."""
     if fetch_or_acq_rel(l.control, C_BELL, bits) == 0:
         write_bytes(l.control[C_BELL_FD], l.me, M_ONE, 8)
+
+
+@helper
+def note_turn(l):
+    """A request was read, at M_TIME: count it, and tell trio when they come quickly."""
+    l.me[M_TURNS] += 1
+    if l.me[M_TURNS] & (BUSY_TURNS - 1) == 0:
+        if l.me[M_TIME] - l.me[M_BUSY] < l.control[C_BUSY_NS]:
+            bell(l, B_BUSY)
+        l.me[M_BUSY] = l.me[M_TIME]

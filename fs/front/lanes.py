@@ -20,6 +20,7 @@ from fs import tuning
 from fs.front import lanestate as S
 from fs.front.desk import Desk
 from fs.front.interpose import Interposer
+from fs.front.latency import Latency
 from fs.front.negotiate import Outcome, Wish
 from fs.front.operations import Operations
 from fs.front.options import MountOptions
@@ -40,6 +41,7 @@ class Lanes:
         lanes = 1 if self._nr_queues else options.lanes
         self.front = Front(vol, lanes, options.max_write, self._nr_queues)
         self.front.ops = ops
+        self.latency = Latency(self.front, options.latency, log)
         self._vol = vol
         self._log = log
         self._left = False
@@ -80,11 +82,14 @@ class Lanes:
             place.close()
 
     async def _run(self, place: Interposer, threads: Threads) -> None:
-        desk = self._desk = Desk(self.front, threads, self._log)
+        desk = self._desk = Desk(self.front, threads, self.latency, self._log)
         try:
             if not self._left:
                 threads.start(place.fuse, place.ours.fileno())
-                await desk.run()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.latency.run)
+                    await desk.run()
+                    nursery.cancel_scope.cancel()
         finally:
             self._desk = None
             desk.close()

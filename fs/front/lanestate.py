@@ -24,6 +24,7 @@ C_READ_ONLY = 2
 C_ATIME = 3  # 0 never, 1 relative, 2 strict
 C_FORWARD_FD = 4  # lanes send what is pyfuse3's here
 C_BELL_FD = 5  # eventfd that wakes trio
+C_BUSY_NS = 6  # written by trio: a lane that reads BUSY_TURNS requests in less rings B_BUSY
 C_BELL = 8  # doorbell: atomic or of the B_ bits; a lane that finds it 0 writes the eventfd
 C_SLOT_LOCK = 16  # spin lock of the stacks of free slots and payloads
 C_NR_FREE_SLOTS = 17
@@ -40,6 +41,9 @@ B_KSWAPD = 8  # free memory is below low
 B_FLUSHER = 16  # look at the dirty thresholds
 B_SLOTS = 32  # a lane sleeps because no slot is free
 B_LEFT = 64  # a lane has left its loop
+B_BUSY = 128  # requests come quickly (fs/front/latency.py)
+
+BUSY_TURNS = 64  # a power of two
 
 # geo: constants of the mount
 G_BLOCK_LOG, G_ORDER_MIN, G_ORDER_MAX, G_INODE_LOG, G_TREE_LEVELS = 0, 1, 2, 3, 4
@@ -84,6 +88,8 @@ M_HINT = 16  # two words: what blocks.copy_ready tells beside its result
 M_HEAD = 18  # bytes of the present message in the slot, before those in the payload folio
 M_QUEUE = 19  # the queue of requests that the lane serves, or -1: it reads /dev/fuse
 M_ENTRY = 20  # the queue entry of the present request, or -1
+M_TURNS = 21  # requests read
+M_BUSY = 22  # M_TIME when M_TURNS was last a multiple of BUSY_TURNS
 M_WORDS = 24
 
 # uring: words of one lane's io_uring; "at" is a byte address in the arena (fs/front/lanequeue.py)

@@ -25,6 +25,7 @@ MEMORY_DEFAULT = 256 << 20
 MEMORY_MIN = 8 << 20
 CACHE_MODES = ("none", "writethrough", "writeback")
 TRANSPORTS = ("device", "uring")
+LATENCY_MODES = ("auto", "on", "off")
 ATIME_POLICIES = ("relatime", "strictatime", "noatime")
 LANES_MOST = 16
 MAX_WRITE_SHARE = 4  # of memory, at most, is lanes' room for writes
@@ -72,6 +73,7 @@ class MountOptions:
     lanes: int = -1  # -1: by the number of cores; 0: pyfuse3 alone
     transport: str = ""  # how requests come to lanes; empty: not said
     max_write: int = 0  # 0: as much as memory allows
+    latency: str = "auto"
     max_background: int = 64
     read_ahead_kb: int = 1024
 
@@ -136,6 +138,14 @@ def _lanes(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > LANES_MOST:
         raise UserError(f"lanes={text} is not a number from 0 to {LANES_MOST}", EXIT_USAGE)
     return int(text)
+
+
+def _latency(text: str) -> str:
+    if text not in LATENCY_MODES:
+        raise UserError(
+            f"latency={text} is unknown; choose one of {', '.join(LATENCY_MODES)}", EXIT_USAGE
+        )
+    return text
 
 
 def _max_write(text: str) -> int:
@@ -212,6 +222,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "lanes": ("lanes", _lanes),
     "transport": ("transport", _transport),
     "max_write": ("max_write", _max_write),
+    "latency": ("latency", _latency),
     "lock_timeout": ("lock_timeout", _seconds),
     "max_background": ("max_background", _count),
     "read_ahead_kb": ("read_ahead_kb", _count),

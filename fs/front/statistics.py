@@ -19,14 +19,15 @@ from fs.front import wire
 
 if TYPE_CHECKING:
     from fs.front.guard import Gate
-    from fs.front.park import Front
+    from fs.front.lanes import Lanes
 
 KINDS = ("answered", "parked", "forwarded", "malformed")
 PLACES = ("lane", "trio")
 
 
-def gather(gate: Gate, front: Front | None) -> dict[str, Any]:
+def gather(gate: Gate, lanes: Lanes | None) -> dict[str, Any]:
     """All figures of a mount; without lanes there are only those of the gate."""
+    front = lanes.front if lanes else None
     figures: dict[str, Any] = {
         "lanes": front.nr_lanes if front else 0,
         "handled": gate.handled,
@@ -34,8 +35,9 @@ def gather(gate: Gate, front: Front | None) -> dict[str, Any]:
         "running": len(gate.running),
         "opcodes": {},
     }
-    if front is None or not front.lanes:
+    if lanes is None or front is None or not front.lanes:
         return figures
+    figures["latency"] = lanes.latency.figures()
     figures["slots"] = [front.free_slot_count, front.nr_slots]
     figures["payloads"] = [front.free_payload_count, front.nr_payloads]
     figures["unwanted_replies"] = sum(int(lane.me[S.M_UNWANTED]) for lane in front.lanes)

@@ -188,6 +188,24 @@ async def test_interrupt_and_flush_are_not_asked_for_again(scratch: Path) -> Non
 
 
 @needs_jit
+async def test_requests_that_come_quickly_are_rung_for(scratch: Path) -> None:
+    """Once for each BUSY_TURNS of them, if they took less time than trio named."""
+    text = message(wire.INTERRUPT, b"\0" * 8)
+    async with device(scratch) as made:
+        control = made.front.control
+        bits = []
+        for limit in (0, 10**15, 1):
+            control[S.C_BUSY_NS] = limit
+            for _ in range(S.BUSY_TURNS - 1):
+                made.ask(text)
+            bits.append(int(ring.answer_bell(control)))
+            made.ask(text)
+            bits.append(int(ring.answer_bell(control)))
+        assert bits == [0, 0, 0, S.B_BUSY, 0, 0]
+        assert made.lane.me[S.M_TURNS] == 3 * S.BUSY_TURNS
+
+
+@needs_jit
 async def test_a_parked_request_keeps_its_bytes(scratch: Path) -> None:
     """Small ones in the slot, the payload of a large one in its folio; nothing is overwritten."""
     async with device(scratch) as made:

@@ -90,6 +90,7 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
         *("memory=1M", "cache=all", "lock_timeout=soon", "debug=maybe", "lanes=17", "lanes=-1"),
         *("lanes=many", "max_write=64K", "max_write=8M", "max_write=300K", "max_write=1MM"),
         *("transport=", "transport=pigeon"),
+        *("latency=0", "latency=fast"),
     ],
 )
 def test_values_are_checked(word: str) -> None:
@@ -103,6 +104,14 @@ def test_lanes_and_writes() -> None:
     assert parse("lanes=0").lanes == 0
     assert parse("lanes=16,max_write=4M").max_write == 4 << 20
     assert parse("transport=uring").transport == "uring"
+
+
+def test_latency() -> None:
+    assert parse().latency == "auto"
+    assert [parse(f"latency={mode}").latency for mode in ("auto", "on", "off")] == [
+        *("auto", "on", "off")
+    ]
+    assert "latency=off" in grammar.describe(parse("latency=off"))
 
 
 def test_a_remount_gets_back_what_the_mount_table_shows() -> None:

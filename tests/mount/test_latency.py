@@ -1,0 +1,81 @@
+"""A busy mount keeps idle processors awake, an idle one does not: what /proc says of the daemon."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from fs import stat as figures
+from fs.front.latency import DEVICE, START
+from tests import support
+from tools.targets import OurMount
+
+pytestmark = [
+    pytest.mark.mount,
+    support.needs_root,
+    support.needs_fuse,
+    pytest.mark.skipif(not DEVICE.exists(), reason=f"{DEVICE} is missing"),
+]
+
+READS = 20_000
+SECONDS = 20.0
+
+
+def holds(mounted: OurMount) -> bool:
+    """Whether the daemon has the device open."""
+    place = f"/proc/{mounted.process.pid}/fd"
+    for name in os.listdir(place):
+        try:
+            if os.readlink(f"{place}/{name}") == str(DEVICE):
+                return True
+        except FileNotFoundError:
+            pass  # closed meanwhile
+    return False
+
+
+def read_quickly(mounted: OurMount) -> bool:
+    """Read the file again and again; whether the request was held before the end."""
+    fd = os.open(mounted.path / "file", os.O_RDONLY)
+    try:
+        began = time.monotonic()
+        for number in range(READS):
+            os.pread(fd, 4096, 0)
+            if number % 1000 == 999 and holds(mounted):
+                return True
+        assert READS / (time.monotonic() - began) > START, "this machine is too slow for the test"
+    finally:
+        os.close(fd)
+    return False
+
+
+def test_held_while_busy_only(scratch: Path) -> None:
+    image = support.mkfs(scratch)
+    options = "lanes=2,latency=on"
+    with support.our_mount(image, scratch / "mnt", options=options) as mounted:
+        (mounted.path / "file").write_bytes(bytes(4096))
+        for _ in range(2):
+            assert read_quickly(mounted)
+            deadline = time.monotonic() + SECONDS
+            while holds(mounted):
+                assert time.monotonic() < deadline, "an idle mount holds the request"
+                time.sleep(0.02)
+        found = figures.read(str(mounted.path))["latency"]
+        assert found["state"] == "on"
+        assert found["times"] >= 2
+        assert found["seconds"] > 0
+        assert "latency=on" in support.nofailfs("info", mounted.path).stdout
+        assert "latency on, held" in support.nofailfs("stat", mounted.path).stdout
+        read_quickly(mounted)  # the daemon's end is no calm end of the request
+
+
+def test_off_is_off(scratch: Path) -> None:
+    image = support.mkfs(scratch)
+    options = "lanes=2,latency=off"
+    with support.our_mount(image, scratch / "mnt", options=options) as mounted:
+        (mounted.path / "file").write_bytes(bytes(4096))
+        assert not read_quickly(mounted)
+        found = figures.read(str(mounted.path))["latency"]
+        assert found == {"state": "off", "times": 0, "seconds": 0}
