@@ -169,7 +169,6 @@ def _receive(l):
     if n > 0:
         l.me[M_TIME] = monotonic_ns()
         l.me[M_LEN] = n
-        note_turn(l)
         return n
     if n == -EINTR or n == -EAGAIN or n == -ENOENT:
         return 0
@@ -363,6 +362,7 @@ def run(l):
             break
         if n == 0:
             continue
+        note_turn(l)
         op = _opcode(l)
         if op < 0:
             _settle(l, 0, np.int64(BROKEN))
