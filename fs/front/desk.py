@@ -30,6 +30,7 @@ from fs.front.threads import Threads
 
 SERVED_AT_ONCE = 64  # requests, before the other tasks have their turn
 ENTRIES = 256  # of the ring that are taken at a time
+TURNS = 4  # times in a row, before the other tasks have their turn; together the whole ring
 END_LOOK_S = 0.002
 COUNT, FORGET_ONE = struct.Struct("=I"), struct.Struct("=Qq")
 ENDED = (errno.ENODEV, errno.ECONNABORTED)  # what a lane reads when the connection is gone
@@ -114,8 +115,14 @@ class Desk:
             os.eventfd_read(self._bell)
         except BlockingIOError:
             pass
-        vol = self._vol
         bits |= int(ring.answer_bell(self._front.control))
+        try:
+            self._act(nursery, bits)
+        except Exception as error:
+            self._front.ops.gate.broken("the doorbell", error)
+
+    def _act(self, nursery: trio.Nursery, bits: int) -> None:
+        vol = self._vol
         if bits & S.B_RING:
             self._drain(nursery)
         if bits & S.B_SLOTS and not self._front.free_slot_count:
@@ -134,24 +141,40 @@ class Desk:
         vol.arena.rcu.reap()
 
     def _drain(self, nursery: trio.Nursery) -> None:
-        """Take every entry of the ring."""
-        left = SERVED_AT_ONCE
+        """Take what is in the ring, but let other tasks have a turn if it fills all the time."""
+        left, turns = SERVED_AT_ONCE, 0
         while n := int(ring.take(self._front.control, self._front.ring, self._entries)):
             for entry in self._entries[:n].tolist():
-                kind, a = entry[S.E_KIND], entry[S.E_A]
-                if kind == S.K_PARKED:
-                    self.parked += 1
-                    if left and opnames.serve_now(self._front, a):
-                        left -= 1
-                        self._finished(a)
-                    else:
-                        nursery.start_soon(self._finish, a)
-                elif kind == S.K_RELEASE:
-                    self._release(a, entry[S.E_B])
-                elif kind == S.K_FORGET:
-                    self._front.ops.forgotten(a, entry[S.E_C])
-                else:
-                    self._forget_many(a)
+                try:
+                    left -= self._take(nursery, entry, left > 0)
+                except Exception as error:
+                    self._front.ops.gate.broken("the ring", error)
+            turns += 1
+            if turns == TURNS:
+                self._ring_again()
+                return
+
+    def _ring_again(self) -> None:
+        """There is more in the ring: as if a lane had rung."""
+        ring.ring_bell(self._front.control, S.B_RING)
+        os.eventfd_write(self._bell, 1)
+
+    def _take(self, nursery: trio.Nursery, entry: list[int], at_once: bool) -> bool:
+        """Do what one entry of the ring asks for; whether it was a request, served at once."""
+        kind, a = entry[S.E_KIND], entry[S.E_A]
+        if kind == S.K_PARKED:
+            self.parked += 1
+            if at_once and opnames.serve_now(self._front, a):
+                self._finished(a)
+                return True
+            nursery.start_soon(self._finish, a)
+        elif kind == S.K_RELEASE:
+            self._release(a, entry[S.E_B])
+        elif kind == S.K_FORGET:
+            self._front.ops.forgotten(a, entry[S.E_C])
+        else:
+            self._forget_many(a)
+        return False
 
     def _release(self, fh: int, opcode: int) -> None:
         """Drop a closed file's reference; its request is answered already."""

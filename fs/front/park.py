@@ -56,6 +56,7 @@ class Front:
         self.geo = _geo_words(vol)
         most = buffers.slots_most(memory, self.nr_slots)
         self.slots = np.zeros((most, S.S_WORDS), np.int64)
+        self.slots[:, S.S_ENTRY] = -1
         self.free_slots = np.zeros(most, np.int64)
         self._unused = list(range(self.nr_slots, most))  # slots that have no memory now
         self.free_payloads = np.zeros(self.nr_payloads, np.int64)

@@ -129,9 +129,10 @@ async def test_malformed_messages_are_refused_and_counted(scratch: Path) -> None
             error, _, body = made.ask(text)
             assert (error, body) == (errno.EIO, b""), text[:60]
         assert made.ask(message(wire.IOCTL, b"\0" * 9000))[0] == errno.ENOTTY
-        assert made.ask(message(wire.ACCESS, b"\0" * 8))[0] == 0, "and it still serves"
+        for _ in range(2):  # a lane counts a request after its reply and before the next one
+            assert made.ask(message(wire.ACCESS, b"\0" * 8))[0] == 0, "and it still serves"
         assert made.lane.counts[:, S.ST_BROKEN].sum() == 11
-        assert made.lane.counts[wire.ACCESS, S.ST_ANSWERED] == 1
+        assert made.lane.counts[wire.ACCESS, S.ST_ANSWERED] >= 1
 
 
 @needs_jit
