@@ -13,6 +13,7 @@ def uring(monkeypatch: pytest.MonkeyPatch) -> None:
     if why := tuning.uring_hindrance():
         pytest.skip(why)
     monkeypatch.setenv(tuning.TRANSPORT_VARIABLE, "uring")
+    monkeypatch.setenv(tuning.LANES_VARIABLE, "2")  # it needs them, whatever the others use
 
 
 @pytest.fixture(params=["device", "uring"])
