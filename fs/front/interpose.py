@@ -40,7 +40,8 @@ def fuse_descriptors() -> set[int]:
     return found
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
+def message_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends for whole messages, with room for every reply that can wait between them."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         try:
@@ -57,7 +58,7 @@ class Interposer:
         self._session_fd = session_fd
         self.fuse = os.dup(session_fd)
         os.set_blocking(self.fuse, True)
-        self.ours, theirs = _pair()
+        self.ours, theirs = message_pair()
         os.dup2(theirs.fileno(), session_fd, inheritable=False)
         theirs.close()
 

@@ -23,21 +23,19 @@ from fs import tuning
 from fs.front import lanequeue
 from fs.front import lanestate as S
 from fs.front.buffers import MAX_WRITE, MAX_WRITE_LEAST, SHARE
+from fs.front.interpose import message_pair
 from fs.front.options import PLACES_LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 PLACES_WISHED, PLACES_MOST = 4, 16  # of one queue
-RELAY_BYTES = 4 << 20  # more than all replies of one queue that can wait in its relay
-SO_SNDBUFFORCE = 32
 
 SQ_ENTRIES = 64
 SQE128, NO_MMAP, SINGLE_ISSUER, DEFER_TASKRUN = 1 << 10, 1 << 14, 1 << 12, 1 << 13
 # struct io_uring_params
 FLAGS_AT, SQ_OFF, CQ_OFF, USER_ADDR = 8, 40, 80, 32
-RING_BYTES = PAGE_SIZE  # struct io_rings, 128 completions, 64 indices
-ROOM_BYTES = RING_BYTES + SQ_ENTRIES * lanequeue.SQE_BYTES
+ROOM_ORDER = 2  # submissions, then a page: struct io_rings, 128 completions, 64 indices
 
 
 def sizes(memory_bytes: int, queues: int, max_write: int = 0) -> tuple[int, int]:
@@ -80,11 +78,12 @@ class Queues:
             self.entries[number, S.N_PAYLOAD] = await new_folio(self._order)
         for queue, words in enumerate(self.words):
             words[S.U_FIRST], words[S.U_COUNT] = queue * self.places, self.places
-            words[S.U_SQES_AT] = await new_folio(2) << PAGE_SHIFT
-            ours, theirs = _relay()
+            words[S.U_SQES_AT] = await new_folio(ROOM_ORDER) << PAGE_SHIFT
+            ours, theirs = message_pair()
             self._relays.append((ours, theirs))
             words[S.U_RELAY] = ours.fileno()
-            self.entries[words[S.U_FIRST] :, S.N_RELAY] = theirs.fileno()
+            own = slice(queue * self.places, (queue + 1) * self.places)
+            self.entries[own, S.N_RELAY] = theirs.fileno()
 
     def relay(self, queue: int) -> int:
         """Where replies to a queue's requests are sent."""
@@ -112,13 +111,3 @@ class Queues:
             for end in pair:
                 end.close()
         self._relays.clear()
-
-
-def _relay() -> tuple[socket.socket, socket.socket]:
-    """Our end, read by the queue's lane, and theirs, for whole messages."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        theirs.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, RELAY_BYTES)
-    except PermissionError:
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, RELAY_BYTES)
-    return ours, theirs
