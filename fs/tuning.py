@@ -47,7 +47,7 @@ def lanes() -> int:
 
 def transport() -> str:
     """How requests come to the lanes of a mount that does not say."""
-    return os.environ.get(TRANSPORT_VARIABLE, "device")
+    return "uring" if os.environ.get(TRANSPORT_VARIABLE) == "uring" else "device"
 
 
 def allow_pages(pages: int, log: logging.Logger) -> None:
