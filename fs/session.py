@@ -104,6 +104,8 @@ class Session:
             if self._vol.shut_down:
                 self.status = EXIT_SYSTEM
                 self.message = f"shut down: {self._vol.shutdown_reason}; run xfs_repair"
+            elif self._lanes is not None and self._lanes.failure:
+                self.status, self.message = EXIT_SYSTEM, self._lanes.failure
             nursery.cancel_scope.cancel()
 
     # -- serving --------------------------------------------------------------------------------

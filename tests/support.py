@@ -11,7 +11,8 @@ import select
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,6 +126,14 @@ def wait_for_end(pidfd: int, seconds: float = 120.0) -> None:
     finally:
         os.close(pidfd)
     assert ended, f"the process did not end within {seconds} s"
+
+
+def wait_until(holds: Callable[[], bool], otherwise: str, seconds: float = 60.0) -> None:
+    """Look until it holds; fail, saying what is `otherwise`, when it does not come to that."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
 
 
 def unmount_below(path: Path) -> None:

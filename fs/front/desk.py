@@ -52,6 +52,7 @@ class Desk:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         front.control[S.C_BELL_FD] = self._bell
         self.parked = 0  # requests that trio finishes now
+        self.failure = ""  # why a lane left that should not have
 
     def leave(self) -> None:
         """Have the lanes end; `run` returns when everything that they took is answered."""
@@ -105,7 +106,8 @@ class Desk:
         for lane in self._front.lanes[:-1]:
             left = int(lane.me[S.M_LEFT])
             if left > 0 and left not in ENDED:
-                self._log.error("a lane could not read requests: %s", os.strerror(left))
+                self.failure = f"a lane could not read requests: {os.strerror(left)}"
+                self._log.error("%s", self.failure)
 
     # -- the doorbell ---------------------------------------------------------------------------
 

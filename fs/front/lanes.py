@@ -45,6 +45,7 @@ class Lanes:
         self._vol = vol
         self._log = log
         self._left = False
+        self.failure = ""  # why the mount ended, if a lane failed
         self._desk: Desk | None = None
         shared_mmap, uring = options.cache == "none", self._nr_queues > 0
         self._wish = Wish(self.front.max_write, options.max_background, shared_mmap, uring)
@@ -91,6 +92,7 @@ class Lanes:
                     await desk.run()
                     nursery.cancel_scope.cancel()
         finally:
+            self.failure = desk.failure
             self._desk = None
             desk.close()
 

@@ -86,7 +86,7 @@ def take(control, ring, out):
 
 @kernel("i8(i8[::1], i8)")
 def ring_bell(control, bits):
-    """Ring for trio's own sake; write the eventfd afterwards."""
+    """Ring for somebody who is no lane in its loop; write the eventfd afterwards."""
     return fetch_or_acq_rel(control, C_BELL, bits)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from fs.front import lane, lanestate, pump
 from fs.front.park import Front
+from fs.front.ring import ring_bell
 
 WAKE = signal.SIGUSR2
 # Those that a thread raises itself must reach it, and faulthandler's.
@@ -87,11 +88,23 @@ class Threads:
         """A lane whose requests come through a queue; it stays on that queue's processor."""
         with contextlib.suppress(OSError):  # the processor is not ours, or not there
             os.sched_setaffinity(0, {int(own.me[lanestate.M_QUEUE])})
-        ring = self._front.queues.open_ring(own, fuse)
+        try:
+            ring = self._front.queues.open_ring(own, fuse)
+        except OSError as error:
+            self._gave_up(own, error)
+            return
         try:
             self._run_lane(own, fuse)
         finally:
             os.close(ring)
+
+    def _gave_up(self, own: lanestate.Lane, error: OSError) -> None:
+        """A lane that could not begin leaves as one whose reading fails: the mount ends."""
+        control = self._front.control
+        self._log.error("transport=uring: lane for queue %d: %s", own.me[lanestate.M_QUEUE], error)
+        own.me[lanestate.M_LEFT] = error.errno
+        ring_bell(control, lanestate.B_LEFT)
+        os.eventfd_write(int(control[lanestate.C_BELL_FD]), 1)
 
     @property
     def lanes_alive(self) -> int:

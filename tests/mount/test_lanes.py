@@ -27,6 +27,7 @@ from fs import session as sessions
 from fs import stat as figures
 from fs.front import lanestate as S
 from fs.front import options as grammar
+from fs.front import queues
 from fs.session import Session
 from tests import support
 from tests.conftest import AllowLogs
@@ -92,13 +93,6 @@ def clients(where: Path, count: int = 3) -> Iterator[list[subprocess.Popen[str]]
     assert not any("DIFFERENT" in text for text in said)
 
 
-def wait_until(holds: Any, what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 def opcodes(mount: OurMount) -> dict[str, Any]:
     found: dict[str, Any] = figures.read(str(mount.path))["opcodes"]
     return found
@@ -150,7 +144,9 @@ def test_clients_that_are_killed_leave_nothing_behind(scratch: Path) -> None:
             with clients(mount.path) as busy:
                 time.sleep(0.2 + 0.05 * turn)
                 assert all(process.poll() is None for process in busy)
-        wait_until(lambda: figures.read(str(mount.path))["running"] <= 1, "requests still run")
+        support.wait_until(
+            lambda: bool(figures.read(str(mount.path))["running"] <= 1), "requests still run"
+        )
         found = figures.read(str(mount.path))
         free, slots = found["slots"]
         assert slots - free <= found["lanes"] + 1
@@ -224,22 +220,28 @@ def test_a_lazy_umount_ends_with_the_last_client(scratch: Path) -> None:
     support.assert_clean(image)
 
 
-@asynccontextmanager
-async def serving(image: Path, where: Path, nursery: trio.Nursery) -> AsyncIterator[Session]:
-    """A mount that is served by this process and ends as the test has it end."""
+@contextmanager
+def a_session(image: Path, where: Path, ready: Any) -> Iterator[Session]:
+    """A mount that this process is to serve."""
     where.mkdir(exist_ok=True)
     options = grammar.resolve(grammar.parse([LANES, "memory=16M"]), str(image), str(where))
     options = mount.check(options)
     record = runfile.Record(os.getpid(), 0, str(image), f"test-{os.getpid()}", str(where), "")
     keeper, device = runfile.Keeper(record, LOG), mount.open_device(options)
-    ready: Any = Ready()
-    session = Session(options, device, ready, keeper, LOG)
-    nursery.start_soon(session.run)
-    await ready.event.wait()
     try:
-        yield session
+        yield Session(options, device, ready, keeper, LOG)
     finally:
         runfile.remove(record)
+
+
+@asynccontextmanager
+async def serving(image: Path, where: Path, nursery: trio.Nursery) -> AsyncIterator[Session]:
+    """A mount that is served by this process and ends as the test has it end."""
+    ready: Any = Ready()
+    with a_session(image, where, ready) as session:
+        nursery.start_soon(session.run)
+        await ready.event.wait()
+        yield session
 
 
 @contextmanager
@@ -387,6 +389,27 @@ async def test_a_parked_request_that_never_ends_is_given_up(
     assert results == [errno.ECONNABORTED]
     assert await error_of(lambda: os.close(handle)) in (0, errno.ENOTCONN)
     assert session.status == 0
+    support.assert_clean(image)
+
+
+@support.needs_root
+async def test_a_ring_that_cannot_be_opened_ends_the_mount(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, allow_logs: AllowLogs, uring: None
+) -> None:
+    """The kernel waits for all queues, so nobody would ever be answered."""
+    for pattern in ("lane for queue", "could not read requests"):
+        allow_logs(pattern)
+
+    def fails(*args: Any) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(queues.Queues, "open_ring", fails)
+    image, where = support.mkfs(scratch), scratch / "mnt"
+    with trio.fail_after(WAIT_S), a_session(image, where, Ready()) as session:
+        await session.run()
+    assert session.status == 2
+    assert "Cannot allocate memory" in session.message
+    assert not os.path.ismount(where)
     support.assert_clean(image)
 
 
