@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from alloc import buddy, check, slab
 from alloc import gfp as gfp_flags
-from alloc.gfp import FAILABLE, KERNEL, MEMALLOC, NOFS, NOWAIT, ZERO, current_scope
+from alloc.gfp import FAILABLE, KERNEL, MEMALLOC, NOFAIL, NOFS, NOWAIT, ZERO, current_scope
 from alloc.libc import zero
 from alloc.lru import Lru
 from alloc.page import (
@@ -50,6 +50,7 @@ from alloc.page import (
     Slabs,
     make_pages,
 )
+from alloc.policy import IRIX, AllocationFailed, Injector, Policy, caller
 from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
 from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
@@ -76,7 +77,7 @@ def _queued_rights(gfp: int) -> int:
 class Arena:
     """`memory_bytes` of memory (a multiple of 4096, from 8 MiB) and everything that manages it."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, policy: Policy = IRIX) -> None:
         if memory_bytes < MEMORY_MIN:
             raise ValueError(f"memory of {memory_bytes} bytes: at least 8 MiB are needed")
         if memory_bytes % PAGE_SIZE:
@@ -110,7 +111,13 @@ class Arena:
         )
         self._slab_caches: dict[str, Slab] = {}
         self._last_report = -STALL_S
+        self.set_policy(policy)
         self.closed = False
+
+    def set_policy(self, policy: Policy) -> None:
+        """The rule from now on; inject counts from here. Who waits already waits by the old one."""
+        self.policy = policy
+        self._injector = Injector(policy) if policy.kind == "inject" else None
 
     # ---------------------------------------------------------------- folios
 
@@ -120,6 +127,8 @@ class Arena:
             raise ValueError(f"a folio of order {order}: orders are 0 to {ORDER_MAX}")
         gfp |= current_scope()
         assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc_folio"
+        if self._injector is not None:
+            self._injector.look(f"order:{order}", order, gfp)
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
         pfn: int = buddy.alloc_pages(*self.buddy, order, rights)
         if pfn <= 0:
@@ -133,11 +142,12 @@ class Arena:
         return pfn
 
     def try_alloc_folio(self, order: int, gfp: int) -> int | None:
-        """A folio if it can be had without waiting, as far as NOWAIT, NORETRY or MAYFAIL go."""
+        """A folio if it can be had without waiting, as far as its flags let it try."""
         if not 0 <= order <= ORDER_MAX:
             raise ValueError(f"a folio of order {order}: orders are 0 to {ORDER_MAX}")
         gfp |= current_scope()
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
+        assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
         pfn = self._try(lambda: self._take_folio(order, rights), gfp)
         if pfn and gfp & ZERO:
@@ -320,6 +330,9 @@ class Arena:
                 self.reclaim.wake_kswapd()
                 await self.reclaim.direct(gfp, lambda: self._served(ticket))
                 self.rcu.synchronize()  # what waits for a grace period is memory, too
+                order = key[1] if key[0] == "folio" else 0
+                if not ticket.value and self.policy.gives_up(order, gfp):
+                    raise AllocationFailed(what, gfp, caller())
                 if not ticket.value:
                     self.reclaim.wake_cleaners()
                     report_at = await self._sleep(ticket, report_at)
@@ -381,6 +394,8 @@ class Slab:
         gfp |= current_scope()
         assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc"
         arena = self.arena
+        if arena._injector is not None:
+            arena._injector.look(f"slab:{self.name}", 0, gfp)
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
         i: int = slab.slab_alloc(*arena.slabs, arena.mem, self.number, rights)
         if i > 0:
@@ -398,9 +413,10 @@ class Slab:
         )
 
     def try_alloc(self, gfp: int) -> int | None:
-        """An object if it can be had without waiting, as far as NOWAIT, NORETRY, MAYFAIL go."""
+        """An object if it can be had without waiting, as far as its flags let it try."""
         gfp |= current_scope()
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
+        assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
         return self.arena._try(lambda: self._take(rights), gfp) or None
 

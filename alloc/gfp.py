@@ -1,22 +1,20 @@
 """gfp flags: how an allocation may obtain its memory, and the scopes that narrow it.
 
-Every flag *restricts* (or, MEMALLOC, lifts) what a plain request may do, so flags combine with
-`|` and KERNEL, the plain request, is 0: it may wait, reclaim, do I/O and call into the filesystem.
+KERNEL is 0: wait, reclaim, do I/O, enter the filesystem; the other flags restrict that or lift a
+bound. A scope (a transaction, write-back) adds its flags to every request of its task until it is
+left; it nests, follows the trio task, and changes how memory is found, never whether: nothing turns
+a request that cannot fail into one that can.
 
-A scope is entered where the reason lies (a transaction, the writeback path) and holds for every
-allocation of that task until it is left; scopes nest and only ever add flags. They live in a
-context variable, so each trio task has its own. A scope changes how memory is found, never
-whether: nothing turns a request that cannot fail into one that can.
-
-| flag     | meaning                                                                       |
-| -------- | ----------------------------------------------------------------------------- |
-| NOFS     | reclaim must not enter the filesystem; a waiter may use half of `min`         |
-| NOIO     | reclaim must not cause I/O either (implies NOFS)                              |
-| NOWAIT   | try_* only: the free lists as they are, plus a nudge to kswapd                |
-| NORETRY  | try_* only: one light round of direct reclaim, then None                      |
-| MAYFAIL  | try_* only: all of direct reclaim, then None                                  |
-| MEMALLOC | the caller's work frees memory: the whole reserve is open to it              |
-| ZERO     | the memory comes back zeroed                                                  |
+| flag          | sleeps | direct reclaim    | I/O, fs | reserve         | may fail (then try_*)   |
+| ------------- | ------ | ----------------- | ------- | --------------- | ----------------------- |
+| KERNEL        | yes    | yes               | yes yes | none            | policy=linux: order > 3 |
+| NOFAIL        | yes    | without end       | yes yes | half, if stuck  | never                   |
+| RETRY_MAYFAIL | no     | all of it         | yes yes | none            | when little is left     |
+| NORETRY       | no     | one light round   | yes yes | none            | common                  |
+| NOWAIT        | no     | no, wakes kswapd  | -       | none            | common                  |
+| ATOMIC        | no     | no, wakes kswapd  | -       | 5/8 of `min`    | seldom                  |
+| NOFS, NOIO    | -      | NOIO: clean only  | NO: off | irix: as NOFAIL | as without it           |
+| MEMALLOC      | -      | never             | -       | everything      | as without it           |
 """
 
 from __future__ import annotations
@@ -29,12 +27,17 @@ NOFS = 1
 NOIO = 2 | NOFS
 NOWAIT = 4
 NORETRY = 8
-MAYFAIL = 16
+RETRY_MAYFAIL = 16
 MEMALLOC = 32
 ZERO = 64
+NOFAIL = 128
+ATOMIC = 256 | NOWAIT
 
-FAILABLE = NOWAIT | NORETRY | MAYFAIL
-ALL = NOIO | FAILABLE | MEMALLOC | ZERO
+COSTLY_ORDER = 3  # larger requests are costly: Linux gives up on them after one round
+
+FAILABLE = NOWAIT | NORETRY | RETRY_MAYFAIL
+SCOPED = NOIO | MEMALLOC
+ALL = NOIO | FAILABLE | MEMALLOC | ZERO | NOFAIL | ATOMIC
 
 _scope: ContextVar[int] = ContextVar("gfp_scope", default=0)
 current_scope = _scope.get
@@ -46,6 +49,7 @@ class Scope:
     __slots__ = ("_flags", "_token")
 
     def __init__(self, flags: int) -> None:
+        assert flags & ~SCOPED == 0, f"{describe(flags)} is no matter of a scope"
         self._flags = flags
         self._token: Token[int] | None = None
 
@@ -79,9 +83,18 @@ def memalloc() -> Scope:
     return Scope(MEMALLOC)
 
 
+def check(gfp: int) -> None:
+    """AssertionError for flags that contradict each other or do not exist: a caller's bug."""
+    assert gfp & ~ALL == 0, f"unknown gfp flags {gfp:#x}"
+    assert not (gfp & NOFAIL and gfp & FAILABLE), (
+        f"{describe(gfp)}: a request that cannot fail must be allowed to wait as long as it takes"
+    )
+    assert not gfp & ATOMIC & ~NOWAIT or gfp & NOWAIT, "ATOMIC implies NOWAIT"
+
+
 def effective(gfp: int) -> int:
     """The flags of a request as narrowed by the scopes of the current task."""
-    assert gfp & ~ALL == 0, f"unknown gfp flags {gfp:#x}"
+    check(gfp)
     return gfp | _scope.get()
 
 
@@ -89,9 +102,11 @@ def describe(gfp: int) -> str:
     """Flags by name, as they stand in stall reports: `NOFS|ZERO`, `KERNEL`."""
     words = ["NOIO"] if gfp & 2 else ["NOFS"] if gfp & NOFS else []
     for name, bit in (
-        ("NOWAIT", NOWAIT),
+        ("NOFAIL", NOFAIL),
+        ("ATOMIC", ATOMIC & ~NOWAIT),
+        ("NOWAIT", 0 if gfp & ATOMIC & ~NOWAIT else NOWAIT),
         ("NORETRY", NORETRY),
-        ("MAYFAIL", MAYFAIL),
+        ("RETRY_MAYFAIL", RETRY_MAYFAIL),
         ("MEMALLOC", MEMALLOC),
         ("ZERO", ZERO),
     ):

@@ -109,7 +109,7 @@ class Reclaim:
         return 0
 
     def full_round(self, gfp: int, satisfied: Callable[[], bool]) -> None:
-        """What MAYFAIL may do: everything that direct reclaim does, in one go."""
+        """What RETRY_MAYFAIL may do: everything that direct reclaim does, in one go."""
         for _ in self._rounds(gfp):
             if satisfied():
                 return

@@ -12,7 +12,7 @@ import trio.testing
 
 from alloc import buddy, gfp
 from alloc.arena import Arena
-from alloc.gfp import KERNEL, MAYFAIL, MEMALLOC, NOFS, NOWAIT, ZERO
+from alloc.gfp import KERNEL, MEMALLOC, NOFS, NOWAIT, RETRY_MAYFAIL, ZERO
 from alloc.wait import POLL_S
 from tests.alloc.caches import FolioCache
 
@@ -67,7 +67,7 @@ async def test_orders_that_are_refused(arena: Arena) -> None:
 
 async def test_the_two_spellings_are_kept_apart(arena: Arena) -> None:
     with pytest.raises(AssertionError, match="spelled try_alloc_folio"):
-        await arena.alloc_folio(0, MAYFAIL)
+        await arena.alloc_folio(0, RETRY_MAYFAIL)
     with pytest.raises(AssertionError, match="how hard to try"):
         arena.try_alloc_folio(0, KERNEL)
 

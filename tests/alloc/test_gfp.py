@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 
 from alloc import gfp
@@ -29,6 +30,9 @@ def test_noio_implies_nofs() -> None:
 def test_descriptions() -> None:
     assert gfp.describe(gfp.KERNEL) == "KERNEL"
     assert gfp.describe(gfp.NOFS | gfp.ZERO | gfp.MEMALLOC) == "NOFS|MEMALLOC|ZERO"
+    assert gfp.describe(gfp.NOFAIL | gfp.NOFS) == "NOFS|NOFAIL"
+    assert gfp.describe(gfp.ATOMIC) == "ATOMIC"
+    assert gfp.describe(gfp.NOWAIT | gfp.RETRY_MAYFAIL) == "NOWAIT|RETRY_MAYFAIL"
 
 
 async def test_each_task_has_its_own_scope() -> None:
@@ -46,3 +50,24 @@ async def test_each_task_has_its_own_scope() -> None:
             await trio.lowlevel.checkpoint()
             assert gfp.effective(0) == gfp.NOFS
     assert seen == [0, gfp.MEMALLOC]
+
+
+@pytest.mark.parametrize("flag", [gfp.NOWAIT, gfp.NORETRY, gfp.RETRY_MAYFAIL, gfp.ATOMIC])
+def test_nofail_without_permission_to_wait_is_a_bug(flag: int) -> None:
+    with pytest.raises(AssertionError, match="must be allowed to wait"):
+        gfp.effective(gfp.NOFAIL | flag)
+
+
+def test_no_scope_turns_nofail_into_may_fail() -> None:
+    for flag in (gfp.NOWAIT, gfp.NORETRY, gfp.RETRY_MAYFAIL, gfp.ATOMIC, gfp.NOFAIL, gfp.ZERO):
+        with pytest.raises(AssertionError, match="no matter of a scope"):
+            gfp.Scope(flag)
+    with gfp.nofs(), gfp.noio(), gfp.memalloc():
+        narrowed = gfp.effective(gfp.NOFAIL)
+    assert narrowed & gfp.NOFAIL
+    assert not narrowed & gfp.FAILABLE
+
+
+def test_unknown_flags_are_refused() -> None:
+    with pytest.raises(AssertionError, match="unknown gfp flags 0x1000"):
+        gfp.effective(0x1000)

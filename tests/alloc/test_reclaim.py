@@ -8,7 +8,7 @@ import trio.testing
 
 from alloc import gfp
 from alloc.arena import Arena
-from alloc.gfp import KERNEL, MAYFAIL, NOFS, NORETRY, NOWAIT
+from alloc.gfp import KERNEL, NOFS, NORETRY, NOWAIT, RETRY_MAYFAIL
 from tests.alloc.caches import FolioCache
 
 
@@ -65,7 +65,7 @@ async def test_a_nofs_request_leaves_the_filesystem_alone(
     inner = FolioCache(arena, needs_fs=True)
     inner.fill()
     with gfp.nofs():
-        assert arena.try_alloc_folio(0, MAYFAIL) is None
+        assert arena.try_alloc_folio(0, RETRY_MAYFAIL) is None
     assert inner.scans == []
     got = []
 
@@ -196,7 +196,9 @@ async def test_a_larger_block_is_freed_on_purpose(
         arena.put_folio(pfn)
 
 
-@pytest.mark.parametrize(("flags", "scans"), [(NOWAIT, False), (NORETRY, True), (MAYFAIL, True)])
+@pytest.mark.parametrize(
+    ("flags", "scans"), [(NOWAIT, False), (NORETRY, True), (RETRY_MAYFAIL, True)]
+)
 def test_how_hard_try_alloc_tries(arena: Arena, cache: FolioCache, flags: int, scans: bool) -> None:
     cache.fill()
     pfn = arena.try_alloc_folio(0, flags)
@@ -208,8 +210,8 @@ def test_how_hard_try_alloc_tries(arena: Arena, cache: FolioCache, flags: int, s
 
 def test_mayfail_ends_when_nothing_is_left(arena: Arena, cache: FolioCache) -> None:
     cache.fill(dirty=True)
-    assert arena.try_alloc_folio(0, MAYFAIL) is None
-    assert arena.try_alloc_folio(10, MAYFAIL | NOFS) is None
+    assert arena.try_alloc_folio(0, RETRY_MAYFAIL) is None
+    assert arena.try_alloc_folio(10, RETRY_MAYFAIL | NOFS) is None
     assert arena.vmstat["try_alloc_failed"] >= 2
 
 
@@ -234,7 +236,7 @@ async def test_a_shrinker_may_not_reclaim(arena: Arena, cache: FolioCache) -> No
     cache.fill(dirty=True)
     shrinker = Recursive()
     arena.register_shrinker(shrinker)
-    assert arena.try_alloc_folio(0, MAYFAIL) is None
+    assert arena.try_alloc_folio(0, RETRY_MAYFAIL) is None
     assert shrinker.calls > 0
     arena.unregister_shrinker(shrinker)
 
