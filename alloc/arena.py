@@ -3,7 +3,7 @@
 One anonymous mapping. `alloc_folio` and `Slab.alloc` return what was asked for; they may wait, in
 FIFO order, and never fail. The fast path is one jitted call and does not touch trio; the slow path
 takes a ticket, wakes kswapd, reclaims on its own behalf, wakes the cleaners, and sleeps until a
-free serves it.
+free serves it (`alloc/slowpath.py`). Another policy than irix makes them raise AllocationFailed.
 
 A request that could never be served (an order above 10, a size that is no slab size) is a mistake
 in the program and raises ValueError at once. The try_* spellings exist for callers that said with
@@ -15,7 +15,6 @@ thread serve at once, frees on other threads post to the loop.
 
 from __future__ import annotations
 
-import logging
 import mmap
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +24,7 @@ import trio
 from numpy.typing import DTypeLike, NDArray
 
 from alloc import buddy, check, slab
-from alloc import gfp as gfp_flags
-from alloc.gfp import FAILABLE, KERNEL, MEMALLOC, NOFAIL, NOFS, NOWAIT, ZERO, current_scope
+from alloc.gfp import COSTLY_ORDER, FAILABLE, KERNEL, MEMALLOC, NOFAIL, ZERO, current_scope
 from alloc.libc import zero
 from alloc.lru import Lru
 from alloc.page import (
@@ -45,33 +43,21 @@ from alloc.page import (
     W_MIN,
     W_PAGES,
     W_SLAB,
-    W_WAITERS,
     Buddy,
     Slabs,
     make_pages,
 )
-from alloc.policy import IRIX, AllocationFailed, Injector, Policy, caller
+from alloc.policy import IRIX, Injector, Policy
 from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
 from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
+from alloc.slowpath import Request, SlowPath
+from alloc.stall import STALL_S, Stalls, no_locks
 from alloc.vmstat import VmStat, buddyinfo, meminfo
-from alloc.wait import Key, Ticket, WaitQueue
 from alloc.watermarks import Watermarks, watermarks
 
-log = logging.getLogger("nofailfs.alloc")
-
 MEMORY_MIN = 8 << 20
-STALL_S = 2.0
 SLAB_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-def _queued_rights(gfp: int) -> int:
-    """What a waiting request may take of the reserve."""
-    if gfp & MEMALLOC:
-        return buddy.RIGHTS_ALL | buddy.RIGHTS_QUEUED
-    if gfp & NOFS:
-        return buddy.RIGHTS_HALF | buddy.RIGHTS_QUEUED
-    return buddy.RIGHTS_MIN | buddy.RIGHTS_QUEUED
 
 
 class Arena:
@@ -84,6 +70,8 @@ class Arena:
             raise ValueError(f"memory of {memory_bytes} bytes: not a multiple of {PAGE_SIZE}")
         self.memory_bytes = memory_bytes
         self.nr_pages = memory_bytes >> PAGE_SHIFT
+        # page 0 is reserved, so the first block of the largest order is not whole
+        self.order_max = min(ORDER_MAX, self.nr_pages.bit_length() - 2)
         self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.mem: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = pages = make_pages(self.nr_pages)
@@ -100,17 +88,20 @@ class Arena:
         assert self.free_pages == self.nr_pages - 1
         self.vmstat = VmStat(self.words)
         self.rcu = Rcu()
-        self.queue = WaitQueue(self._waiters_changed)
+        self.slow = SlowPath(self)
+        self.queue = self.slow.queue
+        self.stalls = Stalls(self)
+        self.stall_seconds = STALL_S  # a wait that lasts as long is reported
+        self.holders: Callable[[trio.lowlevel.Task], list[str]] = no_locks  # by stall reports
         self.reclaim = Reclaim(self.words, self.vmstat, lambda: len(self.queue))
         self.lru = Lru(
             self.buddy,
             self.vmstat,
             self.put_folio,
-            self._wanted_order,
+            self.slow.wanted_order,
             lambda: self.reclaim.who,
         )
         self._slab_caches: dict[str, Slab] = {}
-        self._last_report = -STALL_S
         self.set_policy(policy)
         self.closed = False
 
@@ -123,9 +114,9 @@ class Arena:
 
     async def alloc_folio(self, order: int, gfp: int = KERNEL) -> int:
         """A folio of 2^order pages with one reference; its pfn. Contents undefined without ZERO."""
-        if not 0 <= order <= ORDER_MAX:
-            raise ValueError(f"a folio of order {order}: orders are 0 to {ORDER_MAX}")
         gfp |= current_scope()
+        if not 0 <= order <= COSTLY_ORDER:
+            self.slow.admit_large(order, gfp)
         assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc_folio"
         if self._injector is not None:
             self._injector.look(f"order:{order}", order, gfp)
@@ -136,20 +127,22 @@ class Arena:
                 self.reclaim.wake_kswapd()
                 pfn = -pfn
             else:
-                pfn = await self._wait_for_folio(order, gfp)
+                pfn = await self.slow.wait(self._folio_request(order, gfp))
         if gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn
 
     def try_alloc_folio(self, order: int, gfp: int) -> int | None:
         """A folio if it can be had without waiting, as far as its flags let it try."""
-        if not 0 <= order <= ORDER_MAX:
-            raise ValueError(f"a folio of order {order}: orders are 0 to {ORDER_MAX}")
+        if not 0 <= order <= self.order_max:
+            raise ValueError(f"a folio of order {order}: orders are 0 to {self.order_max}")
         gfp |= current_scope()
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        pfn = self._try(lambda: self._take_folio(order, rights), gfp)
+        pfn = self._take_folio(order, rights)
+        if not pfn:
+            pfn = self.slow.try_now(self._folio_request(order, gfp))
         if pfn and gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn or None
@@ -187,14 +180,15 @@ class Arena:
             self.reclaim.wake_kswapd()
         return abs(pfn)
 
-    async def _wait_for_folio(self, order: int, gfp: int) -> int:
-        rights = _queued_rights(gfp)
-        return await self._wait(
+    def _folio_request(self, order: int, gfp: int) -> Request:
+        return Request(
             f"order:{order}",
-            ("folio", order, rights),
-            lambda: self._take_folio(order, rights),
-            lambda pfn: self.put_folio(pfn),
+            "folio",
+            order,
+            order,
             gfp,
+            lambda rights: self._take_folio(order, rights),
+            self.put_folio,
         )
 
     # ---------------------------------------------------------------- slabs
@@ -260,6 +254,10 @@ class Arena:
         """Free blocks per order, as /proc/buddyinfo prints them."""
         return buddyinfo(self.words)
 
+    def waiters(self) -> list[str]:
+        """Who waits for memory: a line for each, oldest first. Call it on the trio thread."""
+        return self.stalls.waiters()
+
     def check(self) -> None:
         """Validate every structure; AssertionError says what is wrong.
 
@@ -274,105 +272,6 @@ class Arena:
         assert not self.queue, "the arena is closed while tasks wait for memory"
         self.closed = True
         self._map.madvise(mmap.MADV_DONTNEED)
-
-    # ---------------------------------------------------------------- slow path
-
-    def _wanted_order(self) -> int:
-        """The order of the oldest request that waits for a folio; 0 when there is none."""
-        for ticket in self.queue.tickets():
-            if ticket.key[0] == "folio":
-                return ticket.key[1]
-        return 0
-
-    def _waiters_changed(self, length: int) -> None:
-        self.words[W_WAITERS] = length
-
-    def _try(self, attempt: Callable[[], int], gfp: int) -> int:
-        """An attempt and as much reclaim as the request allows; 0 when it was not enough."""
-        got = attempt()
-        if got:
-            return got
-        self.reclaim.wake_kswapd()
-        if not gfp & NOWAIT:
-            if gfp & gfp_flags.NORETRY:
-                self.reclaim.light_round(gfp)
-                got = attempt()
-            else:
-                held: list[int] = []
-
-                def satisfied() -> bool:
-                    held.append(attempt())
-                    return held[-1] != 0
-
-                self.reclaim.full_round(gfp, satisfied)
-                got = held[-1] if held else 0
-        if not got:
-            self.vmstat.add("try_alloc_failed")
-        return got
-
-    async def _wait(
-        self,
-        what: str,
-        key: Key,
-        attempt: Callable[[], int],
-        undo: Callable[[int], Any],
-        gfp: int,
-    ) -> int:
-        """The slow path: a ticket, reclaim, sleep; until served. Cancellation gives it all back."""
-        task = trio.lowlevel.current_task().name
-        ticket = self.queue.join(f"{task} {what} mode:{gfp_flags.describe(gfp)}", key, attempt)
-        self.vmstat.add("alloc_waits")
-        self.vmstat.add("allocstall_normal")
-        try:
-            self.queue.serve()
-            report_at = STALL_S
-            while not ticket.value:
-                self.reclaim.wake_kswapd()
-                await self.reclaim.direct(gfp, lambda: self._served(ticket))
-                self.rcu.synchronize()  # what waits for a grace period is memory, too
-                order = key[1] if key[0] == "folio" else 0
-                if not ticket.value and self.policy.gives_up(order, gfp):
-                    raise AllocationFailed(what, gfp, caller())
-                if not ticket.value:
-                    self.reclaim.wake_cleaners()
-                    report_at = await self._sleep(ticket, report_at)
-        except BaseException:
-            self.queue.leave(ticket)
-            if ticket.value:
-                undo(ticket.value)
-            raise
-        return ticket.value
-
-    def _served(self, ticket: Ticket) -> bool:
-        if not ticket.value:
-            self.queue.serve()
-        return ticket.value != 0
-
-    async def _sleep(self, ticket: Ticket, report_at: float) -> float:
-        """Park once; reports a stall that has lasted `report_at` seconds, then doubles it."""
-        waited = trio.current_time() - ticket.since
-        await self.queue.park(ticket, max(report_at - waited, 0.001))
-        waited = trio.current_time() - ticket.since
-        if ticket.value or waited < report_at:
-            return report_at
-        self._report_stall()
-        return report_at * 2
-
-    def _report_stall(self) -> None:
-        """One line for all who wait, at most one in two seconds."""
-        now = trio.current_time()
-        if 0 <= now - self._last_report < STALL_S:
-            return
-        self._last_report = now
-        self.vmstat.add("alloc_stall_reports")
-        waiters = ", ".join(f"{t.name} ({now - t.since:.1f}s)" for t in self.queue.tickets())
-        log.warning(
-            "possible memory allocation deadlock: free %d min %d of %d pages; waiting: %s",
-            self.free_pages,
-            self.marks.min,
-            self.nr_pages,
-            waiters,
-        )
 
 
 class Slab:
@@ -403,14 +302,7 @@ class Slab:
         if i < 0:
             arena.reclaim.wake_kswapd()
             return -i
-        rights = _queued_rights(gfp)
-        return await arena._wait(
-            f"slab:{self.name}",
-            ("slab", self.number, rights),
-            lambda: self._take(rights),
-            self.free,
-            gfp,
-        )
+        return await arena.slow.wait(self._request(gfp))
 
     def try_alloc(self, gfp: int) -> int | None:
         """An object if it can be had without waiting, as far as its flags let it try."""
@@ -418,7 +310,10 @@ class Slab:
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        return self.arena._try(lambda: self._take(rights), gfp) or None
+        return self._take(rights) or self.arena.slow.try_now(self._request(gfp)) or None
+
+    def _request(self, gfp: int) -> Request:
+        return Request(f"slab:{self.name}", "slab", self.number, 0, gfp, self._take, self.free)
 
     def _take(self, rights: int) -> int:
         arena = self.arena

@@ -1,11 +1,16 @@
-"""Waiting for memory: one FIFO queue of tasks, each with a name and a time it began.
+"""Waiting for memory: tasks in FIFO order, each with a name, a time it began, and a reason.
 
 A task that cannot be served takes a ticket (`join`) and keeps it until it is served or gives up
-by cancellation. Whatever may have changed things calls `serve`, which goes through the tickets
-from the oldest and lets each *attempt* its request: the oldest one that fits gets what is there.
-So order is kept among equals, and a large request does not keep small ones from what it could not
-use itself. A ticket may be served while its task still runs (it is reclaiming, say); the task
-finds its value when it looks.
+by cancellation. Tickets with one key (node, kind and size, rights) form a class, in which the
+first come is the first served: if one fails, none behind it would succeed. Whatever may have
+changed things calls `serve`, which lets the oldest of each class *attempt* its request, in the
+order of age: the oldest one that fits gets what is there. A ticket may be served while its task
+still runs (it is reclaiming, say); the task finds its value when it looks.
+
+A large request does not keep small ones from what it could not use itself, but after PASSES_MAX of
+them it holds: all that are younger and have no rights to a reserve wait until it was served, or its
+task has reclaimed what it could and slept once in vain (`let_pass`, for half as many each time).
+So a stream of small requests cannot starve it, nor it those whose end it may be waiting for.
 
 No wake-up can be lost: `join`, `serve` and the moment of parking happen on the trio thread without
 an await in between; other threads post `serve` to the loop (`serve_soon`), and as they may not even
@@ -15,34 +20,69 @@ be able to post, the oldest parked ticket looks again every POLL_S.
 from __future__ import annotations
 
 import threading
+from bisect import insort
 from collections.abc import Callable
+from typing import NamedTuple
 
 import outcome
 import trio
 
+from alloc.buddy import RIGHTS_MIN
+
 POLL_S = 0.1
-Key = tuple[str, int, int]  # kind of request, its size or cache, its rights
+PASSES_MAX = 32
+WHO = 3  # the bits of rights that say how far below `min` a request may go
+
+
+class Key(NamedTuple):
+    """The class of a request: of two with one key, the younger fails if the older one does."""
+
+    kind: str  # "folio" or "slab"
+    size: int  # order, or number of the cache
+    rights: int
+    node: int = 0
 
 
 class Ticket:
     """One waiting request. `value` becomes non-zero when it is served."""
 
-    __slots__ = ("attempt", "key", "name", "since", "task", "value")
+    __slots__ = (
+        "attempt", "gfp", "holds_since", "key", "name", "number", "owner", "parked", "passed",
+        "patience", "reason", "since", "site", "value", "what",
+    )  # fmt: skip
 
-    def __init__(self, name: str, key: Key, attempt: Callable[[], int]) -> None:
-        self.name = name
+    def __init__(
+        self, what: str, gfp: int, site: str, key: Key, attempt: Callable[[int], int]
+    ) -> None:
+        self.what = what  # "order:4", "slab:inode"
+        self.gfp = gfp
+        self.site = site  # who asked
         self.key = key
-        self.attempt = attempt
+        self.attempt = attempt  # with rights; the value, or 0
+        self.owner = trio.lowlevel.current_task()
+        self.name = f"{self.owner.name} {what}"
+        self.reason = ""  # why it was not served when it last looked
         self.since = trio.current_time()
         self.value = 0
-        self.task: trio.lowlevel.Task | None = None
+        self.number = 0  # in the order of arrival
+        self.passed = 0  # younger tickets that were served before it
+        self.holds_since = 0.0  # when it last began to
+        self.patience = PASSES_MAX  # how many of them it lets pass before it holds them
+        self.parked = False
+
+    @property
+    def holding(self) -> bool:
+        """Whether it has let enough others pass and now keeps them waiting."""
+        return self.passed >= self.patience
 
 
 class WaitQueue:
-    """The tickets, oldest first. `length_changed` hears the number of unserved ones."""
+    """The tickets by class and age. `length_changed` hears the number of unserved ones."""
 
     def __init__(self, length_changed: Callable[[int], None]) -> None:
-        self._tickets: list[Ticket] = []
+        self._tickets: dict[Ticket, None] = {}  # oldest first
+        self._classes: dict[Key, list[Ticket]] = {}  # oldest first
+        self._joined = 0
         self._length_changed = length_changed
         self._token: trio.lowlevel.TrioToken | None = None
         self._thread = 0
@@ -51,40 +91,68 @@ class WaitQueue:
         return len(self._tickets)
 
     def tickets(self) -> tuple[Ticket, ...]:
+        """All that wait, oldest first."""
         return tuple(self._tickets)
 
-    def join(self, name: str, key: Key, attempt: Callable[[], int]) -> Ticket:
-        """Take a ticket. `key` is equal for requests of which none succeeds if one fails."""
+    def join(self, ticket: Ticket) -> None:
+        """Take a place in the line, at its end."""
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
-        ticket = Ticket(name, key, attempt)
-        self._tickets.append(ticket)
+        self._joined += 1
+        ticket.number = self._joined
+        self._tickets[ticket] = None
+        self._classes.setdefault(ticket.key, []).append(ticket)
         self._length_changed(len(self._tickets))
-        return ticket
 
     def leave(self, ticket: Ticket) -> None:
         """Hand in a ticket, served or not."""
         if ticket in self._tickets:
             assert ticket.value == 0
-            self._tickets.remove(ticket)
-            self._length_changed(len(self._tickets))
+            self._remove(ticket)
+
+    def promote(self, ticket: Ticket, rights: int) -> None:
+        """Change the rights of a ticket; it keeps its place by age."""
+        assert ticket.value == 0
+        if rights != ticket.key.rights:
+            self._leave_class(ticket)
+            ticket.key = ticket.key._replace(rights=rights)
+            insort(self._classes.setdefault(ticket.key, []), ticket, key=lambda t: t.number)
+
+    def let_pass(self, ticket: Ticket) -> None:
+        """Its task could do nothing for it: hold nobody back until others were served again."""
+        ticket.passed = 0
+        ticket.patience = max(ticket.patience // 2, 1)
 
     def serve(self) -> int:
-        """Let every ticket try, oldest first; how many were served."""
-        failed: set[Key] = set()
+        """Let tickets try, oldest first; how many were served."""
+        failed: dict[Key, Ticket] = {}
+        holding = False
         served = 0
-        for ticket in tuple(self._tickets):
-            if ticket.key in failed:
-                continue
-            ticket.value = ticket.attempt()
+        while (ticket := self._next(failed, holding)) is not None:
+            ticket.value = ticket.attempt(ticket.key.rights)
             if ticket.value == 0:
-                failed.add(ticket.key)
+                failed[ticket.key] = ticket
+                holding = holding or ticket.holding
                 continue
-            self._tickets.remove(ticket)
+            self._remove(ticket)
             served += 1
-            self._length_changed(len(self._tickets))
+            for older in failed.values():
+                older.passed += 1
+                if older.passed == older.patience:
+                    holding = True
+                    older.holds_since = trio.current_time()
+                    self._wake(older)  # to reclaim while it has what is freed for itself
             self._wake(ticket)
         return served
+
+    def _next(self, failed: dict[Key, Ticket], holding: bool) -> Ticket | None:
+        """The oldest ticket that may still succeed; older than all of `failed` is none."""
+        heads = (
+            tickets[0]
+            for key, tickets in self._classes.items()
+            if key not in failed and not (holding and key.rights & WHO == RIGHTS_MIN)
+        )
+        return min(heads, key=lambda ticket: ticket.number, default=None)
 
     def serve_soon(self) -> None:
         """`serve`, from any thread: at once on the trio thread, else as soon as it comes by."""
@@ -101,28 +169,42 @@ class WaitQueue:
     def nudge(self, everyone: bool) -> None:
         """Wake the oldest parked task (or all) without a value, so that it reclaims again."""
         for ticket in self._tickets:
-            if ticket.task is not None:
+            if ticket.parked:
                 self._wake(ticket)
                 if not everyone:
                     return
 
-    def _wake(self, ticket: Ticket) -> None:
-        if ticket.task is not None:
-            task, ticket.task = ticket.task, None
-            trio.lowlevel.reschedule(task, outcome.Value(None))
+    def _remove(self, ticket: Ticket) -> None:
+        del self._tickets[ticket]
+        self._leave_class(ticket)
+        self._length_changed(len(self._tickets))
 
-    async def park(self, ticket: Ticket, seconds: float) -> None:
-        """Sleep until served, nudged, or `seconds` have passed. Cancellation leaves at once."""
-        assert ticket.task is None
+    def _leave_class(self, ticket: Ticket) -> None:
+        members = self._classes[ticket.key]
+        members.remove(ticket)
+        if not members:
+            del self._classes[ticket.key]
+
+    def _wake(self, ticket: Ticket) -> None:
+        if ticket.parked:
+            ticket.parked = False
+            trio.lowlevel.reschedule(ticket.owner, outcome.Value(None))
+
+    async def park(self, ticket: Ticket, seconds: float) -> bool:
+        """Sleep until served, nudged (True), or `seconds` have passed (False), for some tickets
+        less. Cancellation leaves at once.
+        """
+        assert not ticket.parked
         assert ticket.value == 0
-        oldest = self._tickets[0] is ticket
-        with trio.move_on_after(min(seconds, POLL_S) if oldest else seconds):
-            ticket.task = trio.lowlevel.current_task()
+        polls = ticket.holding or next(iter(self._tickets)) is ticket
+        with trio.move_on_after(min(seconds, POLL_S) if polls else seconds) as sleep:
+            ticket.parked = True
 
             def abort(_: object) -> trio.lowlevel.Abort:
-                ticket.task = None
+                ticket.parked = False
                 return trio.lowlevel.Abort.SUCCEEDED
 
             await trio.lowlevel.wait_task_rescheduled(abort)
         if not ticket.value:
             self.serve()
+        return not sleep.cancelled_caught

@@ -216,7 +216,7 @@ async def test_a_free_on_another_thread_wakes(
 ) -> None:
     """It is the posted wake-up that serves, not the oldest ticket's own look or the report's."""
     monkeypatch.setattr("alloc.wait.POLL_S", 1e6)
-    monkeypatch.setattr("alloc.arena.STALL_S", 1e6)
+    arena.stall_seconds = 1e6
     hog.fill()
     done: list[object] = []
     with trio.fail_after(60):

@@ -130,8 +130,9 @@ async def test_what_inject_counts(arena: Arena) -> None:
 
 @pytest.mark.parametrize("policy", ["linux", "mayfail"])
 async def test_a_costly_request_fails_when_nothing_can_be_reclaimed(
-    arena: Arena, policy: str
+    arena: Arena, policy: str, allow_logs
 ) -> None:
+    allow_logs("page allocation failure: order:4, mode:KERNEL")
     cache = FolioCache(arena)
     cache.fill(dirty=True)
     arena.set_policy(parse(policy))
@@ -143,13 +144,14 @@ async def test_a_costly_request_fails_when_nothing_can_be_reclaimed(
 
 
 async def test_nofail_is_honoured_by_linux_and_not_by_mayfail(
-    arena: Arena, autojump_clock: object
+    arena: Arena, autojump_clock: object, allow_logs
 ) -> None:
+    allow_logs("page allocation failure: order:0, mode:NOFAIL")
     cache = FolioCache(arena)
     cache.fill(dirty=True)
     arena.set_policy(parse("linux"))
     with trio.move_on_after(1) as waited:
-        await arena.alloc_folio(4, NOFAIL)
+        await arena.alloc_folio(7, NOFAIL)  # more than the reserve
     assert waited.cancelled_caught
     arena.set_policy(parse("mayfail"))
     with trio.fail_after(10), pytest.raises(AllocationFailed):

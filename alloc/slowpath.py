@@ -1,0 +1,266 @@
+"""The slow path of an allocation: what is done, in which order, for a request that found no memory.
+
+The order is Linux's. Wake kswapd; try the free lists under the marks that the flags allow; reclaim
+on one's own behalf (never with MEMALLOC: those are the ones whom reclaim waits for); try; give
+back what lists and grace periods keep; try. A request that the policy allows to fail, fails here.
+Any other wakes the cleaners, tries with half of the reserve if it holds others up (NOFAIL; NOFS
+where nothing may fail), sleeps until it is served or something happened, and begins again.
+
+Unlike Linux's, requests that wait stand in line (`alloc/wait.py`): each try is a turn of the whole
+line, so a task may be served by another's reclaim. There is no memory to compact with yet.
+
+`with traced() as trace:` collects the actions of the task (and of tasks it starts) by name.
+
+All of it runs on the trio thread. Cancellation is possible only while a request sleeps, and gives
+everything back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from alloc import stall
+from alloc.buddy import RIGHTS_ALL, RIGHTS_HALF, RIGHTS_MIN, RIGHTS_QUEUED
+from alloc.gfp import (
+    ATOMIC,
+    COSTLY_ORDER,
+    MEMALLOC,
+    NOFAIL,
+    NOFS,
+    NORETRY,
+    NOWAIT,
+    RETRY_MAYFAIL,
+    describe,
+)
+from alloc.page import W_WAITERS
+from alloc.policy import AllocationFailed, caller
+from alloc.wait import POLL_S, WHO, Key, Ticket, WaitQueue
+
+if TYPE_CHECKING:
+    from alloc.arena import Arena
+
+log = logging.getLogger("nofailfs.alloc")
+
+FAILURE_REPORTS_S = 10.0  # at most one report of a failure in this time
+HOLD_S = 1.0  # for how long a large request may keep others waiting while something is cleaned
+MARKS = {RIGHTS_MIN: "min", RIGHTS_HALF: "half", RIGHTS_ALL: "all"}
+
+_trace: ContextVar[list[str] | None] = ContextVar("slowpath_trace", default=None)
+
+
+@contextmanager
+def traced() -> Iterator[list[str]]:
+    """The actions of the slow path, in order, for as long as the block lasts."""
+    trace: list[str] = []
+    token = _trace.set(trace)
+    try:
+        yield trace
+    finally:
+        _trace.reset(token)
+
+
+def _note(action: str) -> None:
+    trace = _trace.get()
+    if trace is not None:
+        trace.append(action)
+
+
+class Request(NamedTuple):
+    """What is wanted: its class, and how to try for it and to give it back."""
+
+    what: str  # "order:4", "slab:inode"
+    kind: str  # "folio" or "slab"
+    size: int  # order, or number of the cache
+    order: int  # of the pages that it may need
+    gfp: int
+    attempt: Callable[[int], int]  # with rights; 0 when there is nothing
+    undo: Callable[[int], object]
+
+
+class SlowPath:
+    """The slow path of one arena, and the line of those who wait in it."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self.queue = WaitQueue(self._waiters_changed)
+        self._large: set[str] = set()  # sites that asked for large blocks
+        self._last_failure = -FAILURE_REPORTS_S
+
+    def _waiters_changed(self, length: int) -> None:
+        self._arena.words[W_WAITERS] = length
+
+    def wanted_order(self) -> int:
+        """The order of the oldest request that waits for a folio; 0 when there is none."""
+        for ticket in self.queue.tickets():
+            if ticket.key.kind == "folio":
+                return ticket.key.size
+        return 0
+
+    def admit_large(self, order: int, gfp: int) -> None:
+        """A request above COSTLY_ORDER, or one that nobody could ever serve: ValueError.
+
+        Linux would let it fail; here it waits for as long as it takes, so its site is named once.
+        """
+        most = self._arena.order_max
+        if not 0 <= order <= most:
+            raise ValueError(f"a folio of order {order}: orders are 0 to {most}")
+        self._arena.vmstat.add("alloc_costly")
+        site = caller()
+        if site not in self._large:
+            self._large.add(site)
+            log.info(
+                "%s asks for order:%d mode:%s, above order %d and not allowed to fail",
+                site,
+                order,
+                describe(gfp),
+                COSTLY_ORDER,
+            )
+
+    def rights(self, gfp: int, stuck: bool) -> int:
+        """How far below `min` a request may go; the more when reclaim got it nothing."""
+        if gfp & MEMALLOC:
+            return RIGHTS_ALL
+        if gfp & ATOMIC & ~NOWAIT:
+            return RIGHTS_HALF
+        helps = NOFAIL | NOFS if self._arena.policy.kind in ("irix", "inject") else NOFAIL
+        return RIGHTS_HALF if stuck and gfp & helps else RIGHTS_MIN
+
+    # ---------------------------------------------------------------- requests that may fail
+
+    def try_now(self, request: Request) -> int:
+        """What a try_* request may do beyond its fast path, without waiting; 0 when in vain."""
+        arena, gfp = self._arena, request.gfp
+        self._wake_kswapd()
+        rights = self.rights(gfp, stuck=False)
+        got = self._try(request, rights | (RIGHTS_QUEUED if rights != RIGHTS_MIN else 0))
+        if not got and not gfp & (NOWAIT | MEMALLOC):
+            _note("direct_reclaim")
+            if gfp & NORETRY:
+                arena.reclaim.light_round(gfp)
+                got = self._try(request, rights)
+            else:
+                assert gfp & RETRY_MAYFAIL
+                got = self._full_round(request, rights)
+        if not got:
+            _note("fail")
+            arena.vmstat.add("try_alloc_failed")
+        return got
+
+    def _full_round(self, request: Request, rights: int) -> int:
+        held: list[int] = []
+
+        def satisfied() -> bool:
+            held.append(request.attempt(rights))
+            return held[-1] != 0
+
+        self._arena.reclaim.full_round(request.gfp, satisfied)
+        _note("freelist:min")
+        if held and held[-1]:
+            return held[-1]
+        self._drain()
+        return self._try(request, rights)
+
+    def _try(self, request: Request, rights: int) -> int:
+        _note(f"freelist:{MARKS[rights & WHO]}")
+        return request.attempt(rights)
+
+    # ---------------------------------------------------------------- requests that wait
+
+    async def wait(self, request: Request) -> int:
+        """A ticket, reclaim, sleep; until served. AllocationFailed only by another policy."""
+        arena = self._arena
+        key = Key(request.kind, request.size, self.rights(request.gfp, False) | RIGHTS_QUEUED)
+        ticket = Ticket(request.what, request.gfp, caller(), key, request.attempt)
+        self.queue.join(ticket)
+        arena.vmstat.add("alloc_waits")
+        arena.vmstat.add("allocstall_normal")
+        try:
+            report_at = arena.stall_seconds
+            while not ticket.value and not await self._round(ticket):
+                if arena.policy.gives_up(request.order, request.gfp):
+                    self._fail(ticket)
+                report_at = await self._sleep(ticket, report_at)
+        except BaseException:
+            self.queue.leave(ticket)
+            if ticket.value:
+                request.undo(ticket.value)
+            raise
+        return ticket.value
+
+    async def _round(self, ticket: Ticket) -> bool:
+        """Everything short of sleeping; whether the ticket was served."""
+        self._wake_kswapd()
+        if self._served(ticket):
+            return True
+        if not ticket.gfp & MEMALLOC:
+            _note("direct_reclaim")
+            await self._arena.reclaim.direct(ticket.gfp, lambda: self._turn(ticket))
+            if self._served(ticket):
+                return True
+        self._drain()
+        return self._served(ticket)
+
+    async def _sleep(self, ticket: Ticket, report_at: float) -> float:
+        """Nothing was left to reclaim: help those who clean, and sleep once.
+
+        Reports a stall that has lasted `report_at` seconds; then, when to report the next.
+        """
+        arena = self._arena
+        _note("cleaners")
+        arena.reclaim.wake_cleaners()
+        rights = self.rights(ticket.gfp, stuck=True) | RIGHTS_QUEUED
+        if not ticket.value and rights != ticket.key.rights:
+            self.queue.promote(ticket, rights)
+            self._served(ticket)
+        if ticket.value:
+            return report_at
+        ticket.reason = stall.reason(arena, ticket)
+        _note("sleep")
+        waited = trio.current_time() - ticket.since
+        woken = await self.queue.park(ticket, max(report_at - waited, 0.001))
+        if not ticket.value and ticket.holding:
+            held = trio.current_time() - ticket.holds_since
+            if held >= (HOLD_S if woken else POLL_S):
+                self.queue.let_pass(ticket)
+                self.queue.serve()
+        waited = trio.current_time() - ticket.since
+        if ticket.value or waited < report_at:
+            return report_at
+        arena.stalls.report()
+        return report_at * 2
+
+    def _served(self, ticket: Ticket) -> bool:
+        """One turn of the line, on behalf of this ticket."""
+        _note(f"freelist:{MARKS[ticket.key.rights & WHO]}")
+        return self._turn(ticket)
+
+    def _turn(self, ticket: Ticket) -> bool:
+        if not ticket.value:
+            self.queue.serve()
+        return ticket.value != 0
+
+    def _wake_kswapd(self) -> None:
+        _note("wake_kswapd")
+        self._arena.reclaim.wake_kswapd()
+
+    def _drain(self) -> None:
+        """Memory that is neither free nor in use goes back to the free lists."""
+        _note("drain")
+        self._arena.rcu.synchronize()
+
+    def _fail(self, ticket: Ticket) -> None:
+        """What no request meets under irix. Raises AllocationFailed; one report in ten seconds."""
+        _note("fail")
+        self._arena.vmstat.add("alloc_failed")
+        failure = AllocationFailed(ticket.what, ticket.gfp, ticket.site)
+        now = trio.current_time()
+        if not 0 <= now - self._last_failure < FAILURE_REPORTS_S:
+            self._last_failure = now
+            log.warning("%s: %s", ticket.owner.name, failure)
+        raise failure

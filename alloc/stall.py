@@ -1,0 +1,114 @@
+"""Stalls: who waits for memory, since when and why, what they hold, and what cannot be freed.
+
+A wait that has lasted `arena.stall_seconds` is reported in XFS's words, and again when twice, four
+times, ... as much has passed; all who wait are in each report, so reports are at least
+`stall_seconds` apart. Which locks a task holds is asked of `arena.holders`, which whoever keeps
+such a record sets. A report is an observation: it changes nothing, and the wait goes on.
+
+Runs on the trio thread; reads words and counters without locks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import trio
+
+from alloc.buddy import RIGHTS_ALL, RIGHTS_HALF
+from alloc.gfp import describe
+from alloc.page import ORDERS, PAGE_SIZE, W_NR_FREE
+from alloc.wait import WHO, Ticket
+
+if TYPE_CHECKING:
+    from alloc.arena import Arena
+
+log = logging.getLogger("nofailfs.alloc")
+
+STALL_S = 2.0
+
+
+def no_locks(_: trio.lowlevel.Task) -> list[str]:
+    """The answer when nobody keeps a record of locks."""
+    return []
+
+
+def reason(arena: Arena, ticket: Ticket) -> str:
+    """Why a ticket that has just tried was not served."""
+    if any(older.holding for older in _older(arena, ticket)) and not ticket.key.rights & WHO:
+        return "an older request holds the line"
+    order = ticket.key.size if ticket.key.kind == "folio" else 0
+    who = ticket.key.rights & WHO
+    mark = {RIGHTS_ALL: 0, RIGHTS_HALF: arena.marks.min // 2}.get(who, arena.marks.min)
+    if arena.free_pages - ((1 << order) - 1) <= mark:
+        return f"free pages at the mark of {mark}"
+    if not any(arena.words[W_NR_FREE + fitting] for fitting in range(order, ORDERS)):
+        return "no free block is as large"
+    return "others came first"
+
+
+def _older(arena: Arena, ticket: Ticket) -> list[Ticket]:
+    return [other for other in arena.queue.tickets() if other.number < ticket.number]
+
+
+def unreclaimable(arena: Arena) -> dict[str, int]:
+    """Pages that reclaim cannot take as they are: dirty and in write-back, slabs, all else in use.
+
+    `pinned` is what is neither free, nor on the LRU, nor a slab: buffers, tables, log vectors.
+    """
+    vmstat = arena.vmstat
+    slabs = vmstat["nr_slab"]
+    listed = vmstat["nr_inactive_file"] + vmstat["nr_active_file"]
+    return {
+        "dirty": vmstat.get("nr_dirty", 0),
+        "writeback": vmstat.get("nr_writeback", 0),
+        "slab": slabs,
+        "pinned": max(arena.nr_pages - 1 - arena.free_pages - slabs - listed, 0),
+    }
+
+
+class Stalls:
+    """The reports of one arena."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._last = float("-inf")
+
+    def waiters(self) -> list[str]:
+        """One line for each task that waits for memory, oldest first."""
+        now = trio.current_time()
+        return [self._line(ticket, now) for ticket in self._arena.queue.tickets()]
+
+    def _line(self, ticket: Ticket, now: float) -> str:
+        locks = ", ".join(self._arena.holders(ticket.owner)) or "nothing"
+        return (
+            f"{ticket.name} mode:{describe(ticket.gfp)} waits {now - ticket.since:.1f}s "
+            f"in {ticket.site}: {ticket.reason or 'reclaims'}; holds {locks}"
+        )
+
+    def report(self) -> None:
+        """Log who waits and for what, unless that was done a moment ago."""
+        arena, now = self._arena, trio.current_time()
+        oldest = next(iter(arena.queue.tickets()), None)
+        if oldest is None or 0 <= now - self._last < arena.stall_seconds:
+            return
+        self._last = now
+        arena.vmstat.add("alloc_stall_reports")
+        order = oldest.key.size if oldest.key.kind == "folio" else 0
+        counts = " ".join(f"{name} {pages}" for name, pages in unreclaimable(arena).items())
+        log.warning(
+            "%s(%d) possible memory allocation deadlock size %d in %s (mode:%s), %d waiting\n"
+            "  memory: free %d min %d of %d pages; unreclaimable: %s\n  %s",
+            oldest.owner.name,
+            os.getpid(),
+            PAGE_SIZE << order,
+            oldest.site,
+            describe(oldest.gfp),
+            len(arena.queue),
+            arena.free_pages,
+            arena.marks.min,
+            arena.nr_pages,
+            counts,
+            "\n  ".join(self.waiters()),
+        )
