@@ -292,7 +292,7 @@ class Session:
     # -- looking inside -------------------------------------------------------------------------
 
     async def _hear_dumps(self) -> None:
-        """SIGUSR1: stacks of all threads at once, then of all tasks, then the requests."""
+        """SIGUSR1: stacks of all threads at once, then requests, waiters for memory, all tasks."""
         with trio.open_signal_receiver(signal.SIGUSR1) as signals:
             faulthandler.register(signal.SIGUSR1, file=self._log_stream(), chain=True)
             try:
@@ -309,9 +309,13 @@ class Session:
         return sys.stderr
 
     def _dump(self) -> None:
-        """Write requests, tasks and figures to the log."""
+        """Write requests, who waits for memory, tasks and figures to the log."""
         lines = self._ops.gate.waiters() if self._ops else []
         self._log.warning("%d requests run", len(lines))
+        for line in lines:
+            self._log.warning("%s", line)
+        lines = self._vol.arena.waiters() if self._vol else []
+        self._log.warning("%d tasks wait for memory", len(lines))
         for line in lines:
             self._log.warning("%s", line)
         root = trio.lowlevel.current_root_task()

@@ -182,4 +182,5 @@ def test_stacks_and_requests_on_sigusr1(image: Path, where: Path, scratch: Path)
     said = log.read_text()
     assert "Current thread" in said
     assert "requests run" in said
+    assert "0 tasks wait for memory" in said
     assert "task fs.session.Session.run" in said
