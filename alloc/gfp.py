@@ -5,16 +5,16 @@ bound. A scope (a transaction, write-back) adds its flags to every request of it
 left; it nests, follows the trio task, and changes how memory is found, never whether: nothing turns
 a request that cannot fail into one that can.
 
-| flag          | sleeps | direct reclaim    | I/O, fs | reserve         | may fail (then try_*)   |
-| ------------- | ------ | ----------------- | ------- | --------------- | ----------------------- |
-| KERNEL        | yes    | yes               | yes yes | none            | policy=linux: order > 3 |
-| NOFAIL        | yes    | without end       | yes yes | half, if stuck  | never                   |
-| RETRY_MAYFAIL | no     | all of it         | yes yes | none            | when little is left     |
-| NORETRY       | no     | one light round   | yes yes | none            | common                  |
-| NOWAIT        | no     | no, wakes kswapd  | -       | none            | common                  |
-| ATOMIC        | no     | no, wakes kswapd  | -       | 5/8 of `min`    | seldom                  |
-| NOFS, NOIO    | -      | NOIO: clean only  | NO: off | irix: as NOFAIL | as without it           |
-| MEMALLOC      | -      | never             | -       | everything      | as without it           |
+| flag          | sleeps | direct reclaim   | I/O, fs | reserve         | may fail (then try_*)    |
+| ------------- | ------ | ---------------- | ------- | --------------- | ------------------------ |
+| KERNEL        | yes    | yes              | yes yes | none            | policy=linux: order > 3  |
+| NOFAIL        | yes    | without end      | yes yes | half, if stuck  | never                    |
+| RETRY_MAYFAIL | no     | all of it        | yes yes | none            | when little is left      |
+| NORETRY       | no     | one light round  | yes yes | none            | common                   |
+| NOWAIT        | no     | no, wakes kswapd | -       | none            | common                   |
+| ATOMIC        | no     | no, wakes kswapd | -       | half of `min`   | seldom                   |
+| NOFS, NOIO    | -      | NOIO: clean only | NO: off | irix: as NOFAIL | as without it            |
+| MEMALLOC      | -      | never            | -       | everything      | policy=linux: when empty |
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Policies: under which rule a request that did not say it can do with less may fail.
 
 `irix`, the default: never; it waits until it is served, at every order up to the largest. The
-others are the control group, the same allocator with the promise taken back: `linux` gives up on
-costly orders (above 3) without NOFAIL after one round of reclaim, `mayfail` on everything after
-one round, `inject:...` fails requests at once by chance or at the N-th call, NOFAIL or not.
+others are the control group, the same allocator with the promise taken back. Unless it is NOFAIL,
+`linux` gives up on a costly order (above 3) after one round of reclaim, and on MEMALLOC, which
+does not reclaim, when all is used up. `mayfail` gives up on everything after one round, `inject:..`
+at once on what it picks by chance or as the N-th call; NOFAIL or not.
 
 They raise AllocationFailed. Nobody handles it outside `alloc/` but the boundaries of the program
 (a reply of ENOMEM, a forced shutdown), so it is no OSError, which callers may handle for reasons
@@ -20,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from random import Random
 
-from alloc.gfp import COSTLY_ORDER, NOFAIL, describe
+from alloc.gfp import COSTLY_ORDER, MEMALLOC, NOFAIL, describe
 from alloc.page import ORDER_MAX
 
 KINDS = ("irix", "linux", "mayfail", "inject")
@@ -55,7 +56,7 @@ class Policy:
     def gives_up(self, order: int, gfp: int) -> bool:
         """Whether such a request fails when one round of reclaim was not enough."""
         if self.kind == "linux":
-            return order > COSTLY_ORDER and not gfp & NOFAIL
+            return (order > COSTLY_ORDER or gfp & MEMALLOC != 0) and not gfp & NOFAIL
         return self.kind == "mayfail"
 
     def counts(self, what: str, order: int, site: str) -> bool:

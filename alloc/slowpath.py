@@ -91,6 +91,10 @@ class SlowPath:
         self.queue = WaitQueue(self._waiters_changed)
         self._large: set[str] = set()  # sites that asked for large blocks
         self._last_failure = -FAILURE_REPORTS_S
+        self._longest = 0.0  # seconds that anybody has waited
+        for name in ("alloc_failed", "alloc_costly", "alloc_stall_reports"):
+            arena.vmstat.add(name, 0)
+        arena.vmstat.gauge("alloc_wait_longest_ms", lambda: int(self._longest * 1000))
 
     def _waiters_changed(self, length: int) -> None:
         self._arena.words[W_WAITERS] = length
@@ -191,6 +195,8 @@ class SlowPath:
             if ticket.value:
                 request.undo(ticket.value)
             raise
+        finally:
+            self._longest = max(self._longest, trio.current_time() - ticket.since)
         return ticket.value
 
     async def _round(self, ticket: Ticket) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from alloc.arena import Arena
-from alloc.gfp import KERNEL, NOFAIL, NOFS, NOWAIT
+from alloc.gfp import KERNEL, MEMALLOC, NOFAIL, NOFS, NOWAIT
 from alloc.policy import IRIX, AllocationFailed, Policy, parse
 from tests.alloc.caches import FolioCache
 
@@ -69,6 +69,8 @@ def test_who_gives_up() -> None:
         (0, KERNEL): (False, False, True, False),
         (3, KERNEL): (False, False, True, False),
         (4, KERNEL): (False, True, True, False),
+        (0, MEMALLOC): (False, True, True, False),
+        (0, MEMALLOC | NOFAIL): (False, False, True, False),
         (4, NOFS): (False, True, True, False),
         (4, NOFAIL): (False, False, True, False),
         (10, NOFAIL | NOFS): (False, False, True, False),

@@ -215,6 +215,25 @@ async def test_memalloc_never_reclaims(
     assert cache.scans == []
 
 
+async def test_linux_gives_up_on_memalloc_when_truly_empty(
+    arena: Arena, cache: FolioCache, autojump_clock: object, allow_logs
+) -> None:
+    allow_logs("page allocation failure: order:0, mode:MEMALLOC")
+    use_up(arena, cache, 0)
+    assert await one(arena, 0, MEMALLOC) == MEMALLOC_ROUND + SLEEP
+    arena.set_policy(parse("linux"))
+    assert await one(arena, 0, MEMALLOC) == MEMALLOC_ROUND + FAIL
+    assert await one(arena, 0, MEMALLOC | NOFAIL) == MEMALLOC_ROUND + SLEEP
+
+
+async def test_the_longest_wait_is_kept(
+    arena: Arena, cache: FolioCache, autojump_clock: object
+) -> None:
+    for seconds in (0.5, 1.5, 1.0):
+        await one(arena, 0, KERNEL, seconds)
+    assert arena.vmstat["alloc_wait_longest_ms"] == 1500
+
+
 async def test_failures_are_reported_once_in_ten_seconds(
     arena: Arena, cache: FolioCache, autojump_clock: object, allow_logs
 ) -> None:
