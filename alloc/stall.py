@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("nofailfs.alloc")
 
 STALL_S = 2.0
+SLABS_SHOWN = 4  # largest caches
 
 
 def no_locks(_: trio.lowlevel.Task) -> list[str]:
@@ -97,9 +98,11 @@ class Stalls:
         arena.vmstat.add("alloc_stall_reports")
         order = oldest.key.size if oldest.key.kind == "folio" else 0
         counts = " ".join(f"{name} {pages}" for name, pages in unreclaimable(arena).items())
+        caches = sorted(arena.slab_caches, key=lambda cache: -cache.nr_slabs)[:SLABS_SHOWN]
+        largest = ", ".join(f"{cache.name} {cache.nr_slabs}" for cache in caches)
         log.warning(
             "%s(%d) possible memory allocation deadlock size %d in %s (mode:%s), %d waiting\n"
-            "  memory: free %d min %d of %d pages; unreclaimable: %s\n  %s",
+            "  memory: free %d min %d of %d pages; unreclaimable: %s; slabs: %s\n  %s",
             oldest.owner.name,
             os.getpid(),
             PAGE_SIZE << order,
@@ -110,5 +113,6 @@ class Stalls:
             arena.marks.min,
             arena.nr_pages,
             counts,
+            largest or "none",
             "\n  ".join(self.waiters()),
         )

@@ -53,7 +53,8 @@ async def test_a_report_shows_the_whole_graph(
     )
     assert memory == (
         f"memory: free {arena.free_pages} min {arena.marks.min} of 2048 pages; "
-        f"unreclaimable: dirty {len(cache.folios)} writeback 3 slab 1 pinned 8"
+        f"unreclaimable: dirty {len(cache.folios)} writeback 3 slab 1 pinned 8; "
+        "slabs: items 1"
     )
     assert writer == (
         "writer order:0 mode:ZERO waits 2.0s in tests.alloc.test_stall:wants: "
