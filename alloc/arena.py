@@ -106,9 +106,11 @@ class Arena:
         self.closed = False
 
     def set_policy(self, policy: Policy) -> None:
-        """The rule from now on; inject counts from here. Who waits already waits by the old one."""
+        """The rule from now on, also for who waits already; inject counts from here."""
         self.policy = policy
-        self._injector = Injector(policy) if policy.kind == "inject" else None
+        self._injector: Injector | None = None
+        if policy.kind == "inject":
+            self._injector = Injector(policy, lambda: self.vmstat.add("alloc_failed"))
 
     # ---------------------------------------------------------------- folios
 

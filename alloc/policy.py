@@ -18,6 +18,7 @@ one to an arena. Everything here belongs to the trio thread.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -82,12 +83,16 @@ IRIX = Policy("irix")
 
 
 class Injector:
-    """What of `inject` has a state: how many requests it has counted. One to an arena."""
+    """What of `inject` has a state: how many requests it has counted. One to an arena.
 
-    def __init__(self, policy: Policy) -> None:
+    `failed` is called before each failure.
+    """
+
+    def __init__(self, policy: Policy, failed: Callable[[], None]) -> None:
         assert policy.kind == "inject"
         self.policy = policy
         self.calls = 0
+        self._failed = failed
 
     def look(self, what: str, order: int, gfp: int) -> None:
         """Count an unconditional request; AllocationFailed when it is one of the chosen."""
@@ -95,6 +100,7 @@ class Injector:
         if self.policy.counts(what, order, site):
             self.calls += 1
             if self.policy.picks(self.calls):
+                self._failed()
                 raise AllocationFailed(what, gfp, site)
 
 

@@ -98,6 +98,7 @@ async def test_the_nth_call_fails_and_says_where() -> None:
     assert e.value.site.startswith("tests.alloc.test_policy:test_the_nth_call")
     assert not isinstance(e.value, OSError)
     pfns.append(await arena.alloc_folio(2))
+    assert arena.vmstat["alloc_failed"] == 1
     for pfn in pfns:
         arena.put_folio(pfn)
     arena.check()
