@@ -392,11 +392,13 @@ class BufCache:
                 self._set_runs(handle, runs)
             else:
                 done = self._reads[daddr] = trio.Event()
-                handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
-                _insert(self.table, self._head, self._buckets, handle)
-                self.flags[handle] |= F_VALID
-                del self._reads[daddr]
-                done.set()
+                try:
+                    handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
+                    _insert(self.table, self._head, self._buckets, handle)
+                    self.flags[handle] |= F_VALID
+                finally:
+                    del self._reads[daddr]
+                    done.set()
                 buf = Buf(self, handle)
             buf.data[:] = 0
             buf.ops = ops
@@ -412,15 +414,22 @@ class BufCache:
             self.flags[handle] &= ~np.uint32(F_PIECES)
 
     async def _new(self, daddr: int, size: int, ops: BufOps, runs: Runs) -> int:
-        """A descriptor with data memory, held once, not yet findable."""
-        handle = await self._slab.alloc()
+        """A descriptor with data memory, held once, not yet findable.
+
+        NOFAIL, as XFS has it for every buffer: whoever asks may be in a dirty transaction.
+        """
+        handle = await self._slab.alloc(gfp.KERNEL | gfp.NOFAIL)
+        try:
+            if size >= PAGE_SIZE:
+                order = (size // PAGE_SIZE - 1).bit_length()
+                data = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)
+            else:
+                data = await self._small[size].alloc(gfp.KERNEL | gfp.NOFAIL)
+        except BaseException:
+            self._slab.free(handle)
+            raise
         record = self.table[handle]
-        if size >= PAGE_SIZE:
-            data = await self._arena.alloc_folio((size // PAGE_SIZE - 1).bit_length())
-            record["addr"] = data * PAGE_SIZE
-        else:
-            data = await self._small[size].alloc()
-            record["addr"] = data * size
+        record["addr"] = data * min(size, PAGE_SIZE)
         record["data"], record["daddr"], record["size"] = data, daddr, size
         record["hold"], record["flags"] = 1, F_REFERENCED
         self.set_ops(handle, ops)

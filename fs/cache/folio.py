@@ -163,8 +163,12 @@ class PageCache:
             if order < 0:
                 return self.find(handle, index), False
             pfn, order = await self._new_folio(order)
-            if await self._attach(handle, index, order, pfn, bits):
-                return pfn, True
+            try:
+                if await self._attach(handle, index, order, pfn, bits):
+                    return pfn, True
+            except BaseException:
+                self.arena.put_folio(pfn)
+                raise
             self.arena.put_folio(pfn)
 
     def try_add(self, handle: int, index: int, order: int, bits: int = 0) -> int:

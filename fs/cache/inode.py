@@ -234,13 +234,21 @@ class InodeCache:
 
     async def _new(self, ino: int) -> Inode:
         """A record with one reference, findable but not valid; both its locks are held."""
-        image = await self._images.alloc()
-        handle = await self._slab.alloc()
+        handle, image = await self._new_record()
         self.fields["ino"][handle] = ino
         self.fields["image"][handle] = image
         self.fields["refs"][handle] = 1
         records.insert(self.table, self._head, self.buckets, handle)
         return Inode(self, handle)
+
+    async def _new_record(self) -> tuple[int, int]:
+        """Memory of an inode: its record and its image. NOFAIL, as in XFS: see `BufCache._new`."""
+        image = await self._images.alloc(gfp.KERNEL | gfp.NOFAIL)
+        try:
+            return await self._slab.alloc(gfp.KERNEL | gfp.NOFAIL), image
+        except BaseException:
+            self._images.free(image)
+            raise
 
     async def create(self, ino: int, gen: int) -> Inode:
         """The in-core inode of a freshly allocated ino: one reference, everything else zero.
@@ -252,10 +260,12 @@ class InodeCache:
         ip = self._renewed(ino)
         if ip is None:
             done = self._loads[ino] = trio.Event()
-            image = await self._images.alloc()
-            ip = self._begin(await self._slab.alloc(), ino, image, gen)
-            del self._loads[ino]
-            done.set()
+            try:
+                handle, image = await self._new_record()
+                ip = self._begin(handle, ino, image, gen)
+            finally:
+                del self._loads[ino]
+                done.set()
         return ip
 
     def _begin(self, handle: int, ino: int, image: int, gen: int) -> Inode:

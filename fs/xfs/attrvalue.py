@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alloc import gfp
 from fs.xfs import bmap
 from fs.xfs import layout as L
 from fs.xfs.bmap import ATTR, Mapping
@@ -47,7 +48,7 @@ async def _bounce(vol: Volume, nbytes: int) -> AsyncIterator[tuple[int, int]]:
     """Arena memory for transfers: byte address and size."""
     size = max(PAGE_SIZE, vol.geo.block_size, min(nbytes, CHUNK_BYTES))
     order = (size // PAGE_SIZE - 1).bit_length()
-    pfn = await vol.arena.alloc_folio(order)
+    pfn = await vol.arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)  # a buffer, in XFS
     try:
         yield pfn * PAGE_SIZE, PAGE_SIZE << order
     finally:
