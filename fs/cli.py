@@ -63,6 +63,7 @@ def mount(
     mountpoint: Annotated[str, typer.Argument(metavar="DIR", help="Where to mount.")] = "",
     options: Options = None,
     memory: Annotated[str, typer.Option(help="Size of the arena: all caches. [256M]")] = "",
+    policy: Annotated[str, typer.Option(help="irix, linux, mayfail or inject:... [irix]")] = "",
     scratch: Annotated[str, typer.Option(help="Make an image of this size in memory.")] = "",
     mkfs: Annotated[str, typer.Option(help="Words for mkfs.xfs of a scratch image.")] = "",
     cache: Annotated[str, typer.Option(help="none, writethrough or writeback. [none]")] = "",
@@ -77,14 +78,15 @@ def mount(
     Options of -o: ro rw noatime nodiratime relatime strictatime sync dirsync suid dev exec
     allow_other allow_root acl noacl auto_unmount remount paranoid debug foreground image=PATH
     scratch=SIZE mkfs=WORDS memory=SIZE cache=none|writethrough|writeback fsname= subtype= log=
-    lanes=N transport=device|uring max_write=SIZE latency=auto|on|off lock_timeout=SECONDS
-    max_background=N read_ahead_kb=N.
+    policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= lanes=N transport=device|uring
+    max_write=SIZE latency=auto|on|off lock_timeout=SECONDS max_background=N read_ahead_kb=N.
     """
     from fs import mount as life
     from fs.front import options as grammar
 
     words = list(options or [])
     named = {"memory": memory, "scratch": scratch, "mkfs": mkfs, "cache": cache, "log": log}
+    named["policy"] = policy
     words += [f"{name}={grammar.escape(value)}" for name, value in named.items() if value]
     words += ["foreground"] * foreground + ["debug"] * debug
     parsed = grammar.parse(words)
@@ -119,25 +121,26 @@ def info(
     """Print the layout of an image, as xfs_info does; of a mount also what FUSE agreed upon."""
     from fs import info as layouts
 
-    path, negotiated = _image_behind(image)
+    path, policy, negotiated = _image_behind(image)
     shown = layouts.layout(layouts.read_superblock(path))
     if as_json:
-        typer.echo(json.dumps(layouts.record(shown, path, negotiated), indent=2))
+        typer.echo(json.dumps(layouts.record(shown, path, policy, negotiated), indent=2))
     else:
-        typer.echo(layouts.text(shown, path) + layouts.negotiated_text(negotiated), nl=False)
+        typer.echo(layouts.text(shown, path) + layouts.mount_text(policy, negotiated), nl=False)
 
 
-def _image_behind(path: str) -> tuple[str, dict[str, Any]]:
-    """The image of a mount point and what was negotiated, or the path itself."""
+def _image_behind(path: str) -> tuple[str, str, dict[str, Any]]:
+    """The image of a mount point, its allocator's policy, what was negotiated; or the path."""
     from fs import mounts, runfile
 
     mounted = mounts.find(path)
     if mounted is None:
-        return path, {}
+        return path, "", {}
     record = runfile.of_mountpoint(mounted.mountpoint)
     if record is None or not record.is_alive():
-        return mounted.source, {}
-    return record.image or f"/proc/{record.pid}/fd/{record.image_fd}", record.negotiated
+        return mounted.source, "", {}
+    image = record.image or f"/proc/{record.pid}/fd/{record.image_fd}"
+    return image, record.policy, record.negotiated
 
 
 @app.command()

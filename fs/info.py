@@ -205,13 +205,21 @@ def text(shown: Layout, image: str) -> str:
     return "".join(_row(*row) for row in rows)
 
 
-def record(shown: Layout, image: str, negotiated: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The layout for JSON, with the image's path in front, and the mount's negotiation behind."""
-    more = {"negotiated": negotiated} if negotiated else {}
-    return {"image": image, **asdict(shown), **more}
+def record(
+    shown: Layout, image: str, policy: str = "", negotiated: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The layout for JSON, with the image's path in front, and what is the mount's behind."""
+    more = {"policy": policy, "negotiated": negotiated}
+    return {"image": image, **asdict(shown), **{name: v for name, v in more.items() if v}}
 
 
-def negotiated_text(negotiated: dict[str, Any]) -> str:
+def mount_text(policy: str, negotiated: dict[str, Any]) -> str:
+    """What is a mount's own; nothing for an image."""
+    memory = f"memory   =policy={policy}\n" if policy else ""
+    return memory + _negotiated_text(negotiated)
+
+
+def _negotiated_text(negotiated: dict[str, Any]) -> str:
     """What a mount agreed upon with the kernel; nothing for an image or a mount without lanes."""
     if not negotiated:
         return ""

@@ -198,6 +198,7 @@ def serve(options: MountOptions, reporter: daemon.Starting) -> int:
         state=runfile.STARTING,
         is_read_only=options.read_only,
         options=grammar.describe(options),
+        policy=options.policy,
         log=where,
     )
     keeper = runfile.Keeper(record, log)

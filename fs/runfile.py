@@ -35,6 +35,7 @@ class Record:
     is_read_only: bool = False
     image_fd: int = -1  # of the daemon, for an image that has no path
     options: str = ""
+    policy: str = ""  # the allocator's
     log: str = ""
     negotiated: dict[str, Any] = field(default_factory=dict)  # with the kernel, at INIT
     exit_status: int = 0

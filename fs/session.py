@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
-from fs import daemon, mounts, runfile, tuning, warmup
+from alloc import policy
+from fs import daemon, mounts, runfile, stat, tuning, warmup
 from fs.device.image import ImageFile
 from fs.errors import UserError
 from fs.front import options as grammar
@@ -101,6 +102,7 @@ class Session:
                 paranoid=options.paranoid,
             ) as self._vol:
                 await self._serve(self._vol)
+            self._tell_failures(self._vol)
             if self._vol.shut_down:
                 self.status = EXIT_SYSTEM
                 self.message = f"shut down: {self._vol.shutdown_reason}; run xfs_repair"
@@ -119,6 +121,8 @@ class Session:
             if self.options.max_write:
                 tuning.allow_pages(self.options.max_write // PAGE_SIZE + 1, self._log)
             await self._lanes.start()
+        # From the first request on: a mount that comes up by chance would be no use.
+        vol.arena.set_policy(policy.parse(self.options.policy))
         try:
             with self._fuse(ops) as session_fd:
                 async with trio.open_nursery() as nursery:
@@ -145,6 +149,12 @@ class Session:
         """What `nofailfs stat` shows."""
         assert self._ops is not None
         return statistics.encode(statistics.gather(self._ops.gate, self._lanes))
+
+    def _tell_failures(self, vol: Volume) -> None:
+        """At the end: after a shutdown nobody can ask for statistics any more."""
+        told = stat.failures_text(self.options.policy, vol.failures.figures())
+        for line in told.splitlines():
+            self._log.info("%s", line.strip())
 
     def _agreed(self, outcome: Outcome) -> None:
         """What the kernel and we agreed upon, for `nofailfs info`."""

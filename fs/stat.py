@@ -18,6 +18,7 @@ from fs.errors import UserError
 
 ATTRIBUTE = "user.nofailfs.stat"
 EXIT_FAILED = 1
+SITES_SHOWN = 20
 COLUMNS = "{:<16}{:>12}{:>12}{:>12}{:>10}{:>10}{:>10}{:>10}\n"
 
 
@@ -54,6 +55,18 @@ def _time(ns: int) -> str:
     return f"{ns}ns" if ns else "-"
 
 
+def failures_text(policy: str, failures: dict[str, dict[str, int]]) -> str:
+    """Failed allocations by end and site; nothing under the policy that has none."""
+    if policy == "irix":
+        return ""
+    out = f"policy {policy}, allocations failed: "
+    out += ", ".join(f"{end} {sum(sites.values())}" for end, sites in failures.items()) or "none"
+    for end, sites in failures.items():
+        for site, n in sorted(sites.items(), key=lambda item: -item[1])[:SITES_SHOWN]:
+            out += f"\n    {end}: {n} {site}"
+    return out + "\n"
+
+
 def text(figures: dict[str, Any]) -> str:
     """The figures as a table, one opcode a line."""
     out = f"lanes {figures['lanes']}, handled by trio {figures['handled']}"
@@ -67,6 +80,7 @@ def text(figures: dict[str, Any]) -> str:
     if latency := figures.get("latency"):
         out += f"latency {latency['state']}, held {latency['times']} times"
         out += f", {latency['seconds']:.1f} s in all\n"
+    out += failures_text(figures["policy"], figures["allocation_failures"])
     if not figures["opcodes"]:
         return out
     out += COLUMNS.format("", "answered", "parked", "forwarded", *("p50", "p99") * 2)

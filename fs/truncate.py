@@ -20,7 +20,7 @@ import trio
 
 from alloc.page import LOCKED, WRITEBACK
 from fs import buffered, delalloc
-from fs.cache import blocks
+from fs.cache import blocks, radix
 from fs.xfs import bmap, stamp
 from fs.xfs import layout as L
 from writeback.flusher import ALL_PAGES
@@ -96,10 +96,16 @@ def _stamp(vol: Volume, ip: Inode) -> None:
 
 
 async def write_out(vol: Volume, ip: Inode, start: int, end: int) -> None:
-    """Bytes from `start` to the block of `end` are on the device when this returns."""
+    """Bytes from `start` to the block of `end` are on the device when this returns.
+
+    Or lost, for want of a device; for want of memory they are still dirty, and it is an OSError.
+    """
+    pages = vol.pages
     args = (ip.handle, start >> 12, max(end - 1, start) >> 12)
-    await vol.pages.write_range(*args, integrity=True, budget=ALL_PAGES)
+    await pages.write_range(*args, integrity=True, budget=ALL_PAGES)
     vol.check_writable()
+    if pages.next(*args, radix.DIRTY):
+        raise OSError(int(pages.state(ip.handle)["error"]) or errno.EIO, "write-back failed")
 
 
 # -- zeroes ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import trio
 
 from alloc import gfp
 from alloc.arena import Arena
-from fs import namespace
+from fs import enomem, namespace
 from fs.cache import resident
 from fs.cache.buf import BufCache
 from fs.cache.dentry import DentryCache
@@ -86,6 +86,7 @@ class Volume:
         self.shutdown_reason = ""
         self.on_shutdown: Callable[[], None] = lambda: None  # lanes hear of it so
         self.arena = Arena(memory_bytes)
+        self.failures = enomem.Failures()
         self.ags = ag.Summary(geo)
         self.space = Space(lambda: self.ags.unavailable)
         self.bufs = BufCache(self.arena, device, geo, log, paranoid=paranoid)
@@ -176,10 +177,17 @@ class Volume:
             try:
                 await work()
             except Exception as error:
-                if not self.shut_down:
-                    self.log.error("background task failed", exc_info=error)
-                self.shutdown(f"unexpected {type(error).__name__} in a background task: {error}")
+                self._background_failed(error)
             await trio.sleep(RESTART_S)
+
+    def _background_failed(self, error: Exception) -> None:
+        failed = enomem.failed_allocation(error)
+        if failed is not None:  # nothing is half-done: a dirty transaction has shut down
+            self.failures.note(enomem.RETRY, failed)
+            return
+        if not self.shut_down:
+            self.log.error("background task failed", exc_info=error)
+        self.shutdown(f"unexpected {type(error).__name__} in a background task: {error}")
 
     async def _stop(self) -> None:
         """Write everything and mark the image clean; after a shutdown write nothing."""
@@ -190,25 +198,40 @@ class Volume:
         try:
             await self.drain_inactive()
             if not self.shut_down:
-                await self.flusher.sync()
+                await self._write_data()
             if not self.shut_down:
-                await self.flush_metadata()
-                await self._set_needsrepair(False)
+                await enomem.insist(self, self._write_metadata, "unmount failed")
         except OSError as error:
             self.shutdown(f"unmount failed: {error}")
         if self.shut_down:
             self.log.error("unmounted after a shutdown: run xfs_repair before the next mount")
 
+    async def _write_data(self) -> None:
+        """All dirty folios; those that stay dirty, for want of memory, are tried again."""
+        await self.flusher.sync()
+        for _ in range(enomem.TRIES):
+            if self.shut_down or not self.pages.dirty.nr_dirty:
+                return
+            await trio.sleep(enomem.RETRY_S)
+            await self.flusher.sync()
+        self.shutdown(f"unmount failed: {self.pages.dirty.nr_dirty} pages stay dirty")
+
+    async def _write_metadata(self) -> None:
+        """The last of it: metadata, and the mark of a clean image."""
+        await self.flush_metadata()
+        await self._set_needsrepair(False)
+
     async def _set_needsrepair(self, guard: bool) -> None:
         """Set the guard before the first change; clear it, with exact counters, after the last."""
         async with Transaction(self, "sb", 0, write=True) as tp:
+            inodes = (0, 0) if guard else await self._count_inodes(tp)
             buf = await ag.read_sb(tp)
             sb = buf.rec(L.SB)
             if guard:
                 sb["features_incompat"] |= L.INCOMPAT_NEEDSREPAIR
             else:
                 sb["features_incompat"] &= ~np.uint32(L.INCOMPAT_NEEDSREPAIR)
-                sb["icount"], sb["ifree"] = await self._count_inodes(tp)
+                sb["icount"], sb["ifree"] = inodes
                 sb["fdblocks"] = self.space.free
                 assert self.space.free == self.ags.free, "free-block accounting went wrong"
             tp.log(buf)
@@ -240,8 +263,8 @@ class Volume:
         self.shutdown_reason = reason
         self.on_shutdown()
         self.log.critical(
-            "%s: corruption of in-memory data detected (%s). Shutting down filesystem. "
-            "Please unmount the filesystem and run xfs_repair",
+            "%s: Corruption of in-memory data (0x8) detected: %s.  Shutting down filesystem.  "
+            "Please unmount the filesystem and rectify the problem(s): run xfs_repair",
             self.dev.name,
             reason,
         )
@@ -326,7 +349,7 @@ class Volume:
                 self._metadata_wake = trio.Event()
                 if not self.shut_down:
                     try:
-                        await self.flush_metadata()
+                        await enomem.insist(self, self.flush_metadata, "metadata write failed")
                     except OSError as error:
                         self.shutdown(f"metadata write failed: {error}")
                 done, self._metadata_done = self._metadata_done, trio.Event()
@@ -409,12 +432,16 @@ class Volume:
                 done.set()
 
     async def _inactivate(self, ip: Inode) -> None:
+        async def free() -> None:
+            await namespace.inactivate(self, ip)
+
         try:
             if not self.shut_down and not self.read_only:
                 with trio.CancelScope(shield=True):
-                    await namespace.inactivate(self, ip)
+                    await enomem.insist(self, free, f"inode {ip.ino} could not be freed")
         except OSError as error:
-            self.log.error("inode %d could not be freed: %s; run xfs_repair", ip.ino, error)
+            if not self.shut_down:
+                self.log.error("inode %d could not be freed: %s; run xfs_repair", ip.ino, error)
         finally:
             self.inodes.put(ip)
 

@@ -11,7 +11,7 @@ completion of that write will move the size.
 
 No IOLOCK is taken here: writers and truncation wait for write-back, never the reverse. ILOCKs are
 taken by the transactions. A failure is kept in the mapping until an fsync tells it; the folios
-are clean afterwards, as on Linux.
+are clean afterwards, as on Linux; where only memory was lacking they are dirty again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import trio
 
 from alloc import gfp
 from alloc.page import WRITEBACK
-from fs import delalloc, mapread
+from alloc.policy import AllocationFailed
+from fs import delalloc, enomem, mapread
 from fs.cache import radix
 from fs.cache.blocks import MAPPED, RESERVED
 from fs.cache.inode import Inode
@@ -59,6 +60,7 @@ async def write_range(
     pages = vol.pages
     ip = Inode(vol.inodes, handle)
     submitted = 0
+    kept: list[int] = []
     tag = radix.DIRTY
     if integrity:
         pages.tag_towrite(handle, start, end)
@@ -82,10 +84,10 @@ async def write_range(
                 except BaseException:
                     _end(vol, ip, ioend)
                     raise
-                nursery.start_soon(_write_and_complete, vol, ip, ioend, segments)
+                nursery.start_soon(_write_and_complete, vol, ip, ioend, segments, kept)
         if integrity:
             await _wait_written(vol, handle, start, end)
-    return submitted
+    return submitted - sum(kept)
 
 
 async def _wait_written(vol: Volume, handle: int, start: int, end: int) -> None:
@@ -119,7 +121,7 @@ async def _map(vol: Volume, ip: Inode, ioend: Ioend) -> list[Segment]:
                     segments += await _unshare(vol, ip, m)
                 else:
                     segments.append(Segment(m.offset, m.fsbno, m.count, IN_PLACE))
-    except OSError as error:
+    except (OSError, AllocationFailed) as error:
         _fail(vol, ip, ioend, error)
         await _abandon_copies(vol, ip, segments)
         return []
@@ -152,10 +154,16 @@ def _cut(found: list[bmap.Mapping], offset: int, count: int) -> list[bmap.Mappin
     return parts
 
 
-def _fail(vol: Volume, ip: Inode, ioend: Ioend, error: OSError) -> None:
+def _fail(vol: Volume, ip: Inode, ioend: Ioend, error: OSError | AllocationFailed) -> None:
     """Remember why an ioend's data did not reach the device."""
-    ioend.error = error.errno or errno.EIO
+    if isinstance(error, AllocationFailed):
+        vol.failures.note(enomem.WRITEBACK, error)
+        ioend.error = errno.EIO if vol.shut_down else enomem.ERRNO
+    else:
+        ioend.error = error.errno or errno.EIO
     vol.pages.state(ip.handle)["error"] = ioend.error
+    if ioend.error == enomem.ERRNO:
+        return
     vol.pages.lost_pages += ioend.nr_pages
     if not vol.shut_down:
         vol.log.error("inode %d: write-back failed, data is lost: %s", ip.ino, error)
@@ -234,22 +242,28 @@ async def _copy_blocks(
 
 
 async def _write_and_complete(
-    vol: Volume, ip: Inode, ioend: Ioend, segments: list[Segment]
+    vol: Volume, ip: Inode, ioend: Ioend, segments: list[Segment], kept: list[int]
 ) -> None:
+    """Steps 3 and 4; pages that stay dirty are put into `kept`."""
     try:
         await _submit(vol, ip, segments)
         if segments:
             await _complete(vol, ip, ioend, segments)
-    except OSError as error:
+    except (OSError, AllocationFailed) as error:
         _fail(vol, ip, ioend, error)
         await _abandon_copies(vol, ip, segments)
     finally:
+        if ioend.error == enomem.ERRNO:
+            kept.append(ioend.nr_pages)
         _end(vol, ip, ioend)
 
 
 def _end(vol: Volume, ip: Inode, ioend: Ioend) -> None:
     """Whatever happened, waiters for these folios are woken."""
-    _settle(vol, ip, ioend)
+    if ioend.error == enomem.ERRNO:
+        _redirty(vol, ip, ioend)
+    else:
+        _settle(vol, ip, ioend)
     vol.pages.finish(ioend)
     vol.pages.ioends.put(ioend)
     vol.arena.kick()
@@ -315,12 +329,28 @@ async def _abandon_copies(vol: Volume, ip: Inode, segments: list[Segment]) -> No
     copies = [s for s in segments if s.then == COPY]
     if not copies or vol.shut_down:
         return
-    try:
+
+    async def free() -> None:
         async with vol.transaction("copy on write, cancelled") as tp:
             for s in copies:
                 await freespace.free(tp, s.fsbno, s.count, Owner(ip.ino, s.offset))
+
+    try:
+        await enomem.insist(vol, free, "blocks of a failed copy are lost")
     except OSError as error:
         vol.log.error("inode %d: blocks of a failed copy are lost: %s", ip.ino, error)
+
+
+def _redirty(vol: Volume, ip: Inode, ioend: Ioend) -> None:
+    """The folios were not written and will be: blocks keep what they were promised."""
+    pages, log = vol.pages, vol.geo.block_log
+    for first, count in ioend.ranges():
+        at, end = first, first + count
+        while at < end:
+            pfn = pages.find(ip.handle, at << log >> 12)
+            stop = min(end, pages.end(pfn) >> log)
+            pages.redirty(ip.handle, pfn, at, stop)
+            at = stop
 
 
 def _settle(vol: Volume, ip: Inode, ioend: Ioend) -> None:

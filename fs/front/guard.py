@@ -1,9 +1,9 @@
 """One wrapper around every request handler: errors, what is running, and shutdown.
 
 pyfuse3 ends the whole mount when a handler raises anything but FUSEError. Here an OSError becomes
-its errno, and whatever nobody expected becomes EIO, one traceback in the log for each place it
-comes from, and a shut down filesystem; the daemon lives on and can be unmounted. After a shutdown
-every request gives EIO, except those that only give things back.
+its errno, a failed allocation ENOMEM, and whatever nobody expected becomes EIO, one traceback in
+the log for each place it comes from, and a shut down filesystem; the daemon lives on and can be
+unmounted. After a shutdown every request gives EIO, except those that only give things back.
 
 The gate also knows which requests run, since when and on what, because a wait must be visible:
 SIGUSR1 prints the list, and a watchdog names requests that run for long.
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyfuse3
 import trio
+
+from fs import enomem
 
 if TYPE_CHECKING:
     from fs.volume import Volume
@@ -129,6 +131,10 @@ def error_of(gate: Gate, name: str, error: Exception) -> int:
     cause = only_error(error)
     if isinstance(cause, (pyfuse3.FUSEError, OSError)) and cause.errno:
         return int(cause.errno)
+    failed = enomem.failed_allocation(error)
+    if failed is not None:
+        gate.vol.failures.note(enomem.REPLY, failed)
+        return enomem.ERRNO
     gate.broken(name, error)
     return errno.EIO
 

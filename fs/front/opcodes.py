@@ -184,11 +184,8 @@ async def _tmpfile(front: Front, msg: memoryview, slot: int) -> bytes:
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         linkable = not flags & os.O_EXCL
         ip = await tmpfile.create(vol, dp, mode, request.uid, request.gid, linkable)
-        try:
+        with ops.made(ip):
             await ops.complete(dp, ip)
-        except BaseException:
-            vol.inodes.put(ip)  # nobody else would ever free it
-            raise
         info = ops.file_info(vol.inodes.hold(ip.handle), flags, request.uid)
         return attrs.entry_out(ops.looked_up(ip)) + open_out(info)
 

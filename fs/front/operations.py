@@ -19,12 +19,13 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 
+from alloc.policy import AllocationFailed
 from fs import file, links, namespace, xattr
 from fs.cache.inode import Inode
 from fs.front import acl, attrs, handles
@@ -154,7 +155,8 @@ class Operations(pyfuse3.Operations):
         async with self.using(parent_inode) as dp:
             number = attrs.stored_rdev(rdev) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
             ip = await namespace.create(self.vol, dp, name, mode, ctx.uid, ctx.gid, number)
-            await self.complete(dp, ip)
+            with self.made(ip):
+                await self.complete(dp, ip)
             return self.looked_up(ip)
 
     async def mkdir(
@@ -162,7 +164,8 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         async with self.using(parent_inode) as dp:
             ip = await namespace.mkdir(self.vol, dp, name, mode, ctx.uid, ctx.gid)
-            await self.complete(dp, ip)
+            with self.made(ip):
+                await self.complete(dp, ip)
             return self.looked_up(ip)
 
     async def symlink(
@@ -170,7 +173,8 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         async with self.using(parent_inode) as dp:
             ip = await namespace.symlink(self.vol, dp, name, target, ctx.uid, ctx.gid)
-            await self._settle(dp)
+            with self.made(ip):
+                await self._settle(dp)
             return self.looked_up(ip)
 
     async def link(
@@ -219,6 +223,15 @@ class Operations(pyfuse3.Operations):
             await self._settle(dp)
         except OSError as error:
             self.vol.log.error("inode %d was made, but: %s", ip.ino, error)
+
+    @contextmanager
+    def made(self, ip: Inode) -> Iterator[None]:
+        """What follows the making of an inode: its reference is dropped if that fails."""
+        try:
+            yield
+        except BaseException:
+            self.vol.inodes.put(ip)  # nobody else would ever free it
+            raise
 
     async def _settle(self, dp: Inode) -> None:
         """With `dirsync` a change of names returns when it is on the device."""
@@ -339,7 +352,8 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         async with self.using(parent_inode) as dp:
             ip = await namespace.create(self.vol, dp, name, mode, ctx.uid, ctx.gid)
-            await self.complete(dp, ip)
+            with self.made(ip):
+                await self.complete(dp, ip)
             info = self.file_info(self.vol.inodes.hold(ip.handle), flags, ctx.uid)
             return info, self.looked_up(ip)
 
@@ -396,7 +410,7 @@ class Operations(pyfuse3.Operations):
                     told += 1
                 if not batch:
                     return
-        except OSError:
+        except (OSError, AllocationFailed):
             if not told:  # what was told counts as looked up; the error comes with the next call
                 raise
         finally:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from alloc import policy
 from fs.errors import UserError
 
 EXIT_USAGE = 1
@@ -48,6 +49,7 @@ class MountOptions:
     scratch_bytes: int = 0
     mkfs: str = ""
     memory_bytes: int = MEMORY_DEFAULT
+    policy: str = "irix"  # the allocator's rule, as alloc.policy.parse reads it
     read_only: bool = False
     remount: bool = False
     atime: str = "relatime"
@@ -110,6 +112,13 @@ def _memory(text: str) -> int:
     if size < MEMORY_MIN:
         raise UserError(f"memory={text} is too small; the least is 8M", EXIT_USAGE)
     return size
+
+
+def _policy(text: str) -> str:
+    try:
+        return str(policy.parse(text))
+    except ValueError as error:
+        raise UserError(str(error), EXIT_USAGE) from error
 
 
 def _cache(text: str) -> str:
@@ -215,6 +224,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "scratch": ("scratch_bytes", parse_size),
     "mkfs": ("mkfs", str),
     "memory": ("memory_bytes", _memory),
+    "policy": ("policy", _policy),
     "cache": ("cache", _cache),
     "fsname": ("fsname", str),
     "subtype": ("subtype", str),

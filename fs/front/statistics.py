@@ -33,6 +33,8 @@ def gather(gate: Gate, lanes: Lanes | None) -> dict[str, Any]:
         "handled": gate.handled,
         "failed": gate.failed,
         "running": len(gate.running),
+        "policy": str(gate.vol.arena.policy),
+        "allocation_failures": gate.vol.failures.figures(),
         "opcodes": {},
     }
     if lanes is None or front is None or not front.lanes:

@@ -14,11 +14,13 @@ them home in any order, under the needsrepair guard of the superblock.
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING
 
 import trio
 
 from alloc import gfp
+from fs import enomem
 from fs.cache.buf import Buf, BufOps, Runs
 from fs.cache.inode import Inode
 
@@ -77,14 +79,26 @@ class Transaction:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is not None and self.dirty:
-                self.vol.shutdown(f"transaction {self.name} was cancelled while dirty: {error!r}")
+            if error is not None and self.dirty:
+                self._cancel_dirty(error)
             for buf in self._stale:
                 await self.vol.bufs.wait_written(buf.handle)
         finally:
             self._finish()
             self._scope.__exit__(kind, error, trace)
             self._shield.__exit__(kind, error, trace)
+
+    def _cancel_dirty(self, error: BaseException) -> None:
+        """What was changed cannot be taken back: memory and image disagree from here on."""
+        vol = self.vol
+        if not vol.shut_down:
+            vol.log.error(
+                "%s: Internal error xfs_trans_cancel at %s.  Caller %s",
+                vol.dev.name,
+                _origin(error),
+                self.name,
+            )
+        enomem.force_shutdown(vol, f"transaction {self.name} was cancelled while dirty", error)
 
     def _finish(self) -> None:
         for buf in self._held.values():
@@ -196,3 +210,13 @@ class Transaction:
         """Reserve from the pool for work that must complete."""
         self.vol.space.reserve(blocks, from_pool=True)
         self.blocks += blocks
+
+
+def _origin(error: BaseException) -> str:
+    """Where in the filesystem an error came from, as XFS says it."""
+    found = "line 0 of file unknown"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("fs."):
+            found = f"line {line} of file {module.replace('.', '/')}.py"
+    return found

@@ -16,12 +16,14 @@ what can need blocks reserves before it changes anything; removal works without 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fs import enomem
 from fs.xfs import attrblock, attrleaf, attrsf, attrvalue, bmap, danode, stamp
 from fs.xfs import fork as forks
 from fs.xfs import layout as L
@@ -247,11 +249,27 @@ async def _set_tree(vol: Volume, rq: Request) -> None:
     """Set an attribute that does not fit shortform."""
     while not await _add_entry(vol, rq):
         await _remove_hidden(vol, rq.ip, rq.flags, rq.name)
-    if rq.valueblk:
-        await attrvalue.write(vol, rq.ip, rq.valueblk, rq.value.tobytes())
-        await _publish(vol, rq)
-    if rq.hid_old:
-        await _remove_hidden(vol, rq.ip, rq.flags, rq.name)
+    with _chain(vol, rq.ip):
+        if rq.valueblk:
+            await attrvalue.write(vol, rq.ip, rq.valueblk, rq.value.tobytes())
+            await _publish(vol, rq)
+        if rq.hid_old:
+            await _remove_hidden(vol, rq.ip, rq.flags, rq.name)
+
+
+@contextmanager
+def _chain(vol: Volume, ip: Inode) -> Iterator[None]:
+    """Transactions that are one change: XFS shuts down when it cancels one of them, dirty or not.
+
+    An OSError is the caller's: the next change of this attribute removes the hidden entry.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        enomem.force_shutdown(vol, f"attributes of inode {ip.ino} are half changed", error)
+        raise
 
 
 async def _add_entry(vol: Volume, rq: Request) -> bool:
@@ -485,7 +503,8 @@ async def remove(vol: Volume, ip: Inode, flags: int, name: bytes) -> None:
             _touch(tp, ip)
             attrleaf.set_flags(place.buf.mem, place.buf.addr, index, flags | INCOMPLETE)
             tp.log(place.buf)
-        await _remove_hidden(vol, ip, flags, key)
+        with _chain(vol, ip):
+            await _remove_hidden(vol, ip, flags, key)
 
 
 def _remove_short(tp: Transaction, ip: Inode, flags: int, name: Bytes) -> None:

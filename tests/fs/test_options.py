@@ -91,6 +91,7 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
         *("lanes=many", "max_write=64K", "max_write=8M", "max_write=300K", "max_write=1MM"),
         *("transport=", "transport=pigeon"),
         *("latency=0", "latency=fast"),
+        *("policy=", "policy=bsd", "policy=inject", "policy=inject:p=2", "policy=linux:p=1"),
     ],
 )
 def test_values_are_checked(word: str) -> None:
@@ -104,6 +105,15 @@ def test_lanes_and_writes() -> None:
     assert parse("lanes=0").lanes == 0
     assert parse("lanes=16,max_write=4M").max_write == 4 << 20
     assert parse("transport=uring").transport == "uring"
+
+
+def test_policies() -> None:
+    assert parse().policy == "irix"
+    assert "policy" not in grammar.describe(parse())
+    assert "policy=mayfail" in grammar.describe(parse("policy=mayfail"))
+    chosen = parse(f"policy={grammar.escape('inject:p=0.5,seed=7,site=folio')},ro")
+    assert chosen.policy == "inject:p=0.5,seed=7,site=folio"
+    assert chosen.read_only
 
 
 def test_latency() -> None:

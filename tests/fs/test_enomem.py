@@ -1,0 +1,416 @@
+"""Allocations that fail, at each place of a schedule: what ends where, and what is left behind.
+
+The schedule touches most of the filesystem. Run with the N-th allocation failing, for every N, it
+must end in one of two ways: the volume goes on and its image is sound, or a transaction was dirty,
+then it is shut down and xfs_repair makes the image sound. Under `irix` it completes.
+"""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from alloc import gfp
+from alloc.policy import IRIX, AllocationFailed, parse
+from fs import copyrange, enomem, fallocate, file, namespace, tmpfile, xattr
+from fs.cache.inode import Inode
+from fs.errors import ShutDown
+from fs.volume import Volume
+from tests import support
+from tests.conftest import AllowLogs
+from tests.fs.imagefiles import SlowImage, a_file, opened
+
+SHUTDOWN_LOGS = "xfs_trans_cancel|half changed|Shutting down|unmounted after a shutdown"
+DIRTY_SITE = "site=InodeCache._new_record"  # in a create: the new inode is on the image already
+
+
+def drop_caches(vol: Volume) -> None:
+    """Everything that is clean and that nobody uses, second chances included."""
+    while vol.arena.reclaim.shrink_all(0, gfp.KERNEL, "direct", 1 << 30):
+        pass
+
+
+class Schedule:
+    """Changes of a volume, one after the other; a failure of one does not keep the next."""
+
+    def __init__(self, vol: Volume) -> None:
+        self.vol = vol
+        self.failed: list[str] = []  # what did not come about
+
+    async def do(self, what: str, work: Coroutine[Any, Any, Any]) -> Any:
+        if self.vol.shut_down:
+            work.close()
+            return None
+        try:
+            return await work
+        except AllocationFailed:
+            self.failed.append(what)
+        except (ShutDown, FileNotFoundError):
+            assert self.failed or self.vol.shut_down, "what should be there was made"
+        except OSError as error:
+            absent = error.errno == errno.ENODATA and self.failed  # setting it had failed
+            assert absent or error.errno == enomem.ERRNO, error
+            self.failed.append(what)
+        return None
+
+    async def run(self) -> None:
+        vol, do = self.vol, self.do
+        root = await do("root", vol.inodes.get(vol.geo.root_ino))
+        if root is None:
+            return
+        held = [root]
+        steps = (self._file, self._attributes, self._names, self._temporary)
+        for step in steps:
+            held += await step(root)
+            await do("sync", vol.flush_metadata())
+            drop_caches(vol)
+        for ip in held:
+            vol.inodes.put(ip)
+
+    async def _create(self, dp: Inode, name: bytes) -> Any:
+        return await self.do("create", namespace.create(self.vol, dp, name, 0o644, 0, 0))
+
+    async def _file(self, root: Inode) -> list[Inode]:
+        vol, do = self.vol, self.do
+        ip = await self._create(root, b"file")
+        other = await self._create(root, b"copy")
+        if ip is None or other is None:
+            return [held for held in (ip, other) if held]
+        await do("write", file.write(vol, ip, 0, b"x" * 300000))
+        await do("write far", file.write(vol, ip, 10 << 20, b"y" * 300))
+        await do("fsync", file.fsync(vol, ip))
+        drop_caches(vol)
+        await do("read", file.read(vol, ip, 0, 200000))
+        await do("truncate", file.truncate(vol, ip, 200001))
+        await do("copy", copyrange.copy(vol, ip, 0, other, 0, 196608))
+        await do("copy on write", file.write(vol, other, 8192, b"w" * 70000))
+        drop_caches(vol)
+        await do("fsync", file.fsync(vol, other))
+        for block in range(0, 40, 2):
+            mode = fallocate.PUNCH_HOLE | fallocate.KEEP_SIZE
+            await do("punch", fallocate.fallocate(vol, other, block << 12, 4096, mode))
+        mode = fallocate.INSERT_RANGE
+        if other.size > 40960:
+            await do("insert", fallocate.fallocate(vol, other, 40960, 8192, mode))
+        await do("fsync", file.fsync(vol, other))
+        return [ip, other]
+
+    async def _attributes(self, root: Inode) -> list[Inode]:
+        vol, do = self.vol, self.do
+        ip = await self._create(root, b"attributes")
+        if ip is None:
+            return []
+        for size in (100, 5000, 25000):  # in the inode, in a leaf, in blocks of its own
+            await do("set", xattr.set(vol, ip, b"user.large", b"z" * size))
+            drop_caches(vol)
+        for number in range(20):
+            await do("set", xattr.set(vol, ip, b"user.%d" % number, b"y" * 150 * number))
+        drop_caches(vol)
+        for number in range(0, 20, 2):
+            await do("remove", xattr.remove(vol, ip, b"user.%d" % number))
+        return [ip]
+
+    async def _names(self, root: Inode) -> list[Inode]:
+        vol, do = self.vol, self.do
+        dp = await do("mkdir", namespace.mkdir(vol, root, b"dir", 0o755, 0, 0))
+        link = await do("symlink", namespace.symlink(vol, root, b"link", b"t" * 600, 0, 0))
+        if dp is None:
+            return [link] if link else []
+        for number in range(80):
+            made = await self._create(dp, b"%05d" % number + b"q" * 60)
+            if made:
+                vol.inodes.put(made)
+        await do("sync", vol.flush_metadata())
+        drop_caches(vol)
+        for number in range(0, 80, 3):
+            await do("unlink", namespace.unlink(vol, dp, b"%05d" % number + b"q" * 60))
+        await do("rename", namespace.rename(vol, root, b"link", dp, b"moved"))
+        return [ip for ip in (dp, link) if ip]
+
+    async def _temporary(self, root: Inode) -> list[Inode]:
+        ip = await self.do("tmpfile", tmpfile.create(self.vol, root, 0o644, 0, 0))
+        if ip:
+            await self.do("write", file.write(self.vol, ip, 0, b"w" * 7000))
+            self.vol.inodes.put(ip)
+        return []
+
+
+async def run_schedule(image: Path, policy: str) -> tuple[Volume, Schedule, int]:
+    """The schedule under a policy; the volume is closed, under it, too. Counts the calls."""
+    device = SlowImage(image)
+    try:
+        async with Volume.open(device, 16 << 20, paranoid=True) as vol:
+            schedule = Schedule(vol)
+            vol.arena.set_policy(parse(policy))
+            await schedule.run()
+        injector = vol.arena._injector
+        return vol, schedule, injector.calls if injector else 0
+    finally:
+        device.close()
+
+
+def assert_sound(image: Path, shut_down: bool) -> None:
+    """After a shutdown the image is one that xfs_repair can mend; otherwise nothing is wrong."""
+    if shut_down:
+        repair = support.find_tool("xfs_repair")
+        done = subprocess.run([repair, str(image)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    support.assert_clean(image)
+
+
+async def sweep(scratch: Path, first: int, step: int) -> tuple[int, int]:
+    """The schedule with the N-th allocation failing, N from `first` on; runs and shutdowns."""
+    fresh, image = support.mkfs(scratch), scratch / "used"
+    runs = shutdowns = 0
+    for nth in range(first, 10000, step):
+        subprocess.run(["cp", "--sparse=always", fresh, image], check=True)
+        vol, schedule, calls = await run_schedule(image, f"inject:nth={nth}")
+        runs, shutdowns = runs + 1, shutdowns + vol.shut_down
+        if calls < nth:
+            break
+        figures = vol.failures.figures()
+        assert schedule.failed or figures, f"nth={nth}: somebody has handled it"
+        assert vol.shut_down or vol.pages.dirty.nr_dirty == 0
+        assert_sound(image, vol.shut_down)
+    return runs, shutdowns
+
+
+async def test_some_allocation_fails(
+    scratch: Path, autojump_clock: trio.testing.MockClock, allow_logs: AllowLogs
+) -> None:
+    allow_logs(SHUTDOWN_LOGS)
+    runs, shutdowns = await sweep(scratch, 3, 23)
+    assert 0 < shutdowns < runs
+
+
+@pytest.mark.slow
+async def test_any_allocation_fails(
+    scratch: Path, autojump_clock: trio.testing.MockClock, allow_logs: AllowLogs
+) -> None:
+    allow_logs(SHUTDOWN_LOGS)
+    runs, shutdowns = await sweep(scratch, 1, 1)
+    assert runs > 150
+    assert 0 < shutdowns < runs
+
+
+@pytest.mark.parametrize("policy", ["irix", "linux", "mayfail"])
+async def test_with_memory_no_policy_makes_a_difference(
+    policy: str, scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    image = support.mkfs(scratch)
+    vol, schedule, _ = await run_schedule(image, policy)
+    assert not vol.shut_down
+    assert not schedule.failed
+    assert not vol.failures.figures()
+    support.assert_clean(image)
+
+
+async def test_a_dirty_transaction_says_what_xfs_says(
+    scratch: Path, autojump_clock: trio.testing.MockClock, allow_logs: AllowLogs
+) -> None:
+    allow_logs(SHUTDOWN_LOGS)
+    image = support.mkfs(scratch)
+    vol, schedule, _ = await run_schedule(image, f"inject:nth=3,{DIRTY_SITE}")
+    assert vol.shut_down
+    assert schedule.failed == ["create"]
+    assert vol.failures.figures().keys() == {"shutdown"}
+    said = "\n".join(allow_logs.seen)
+    assert "Internal error xfs_trans_cancel at line " in said
+    assert "of file fs/cache/inode.py.  Caller create" in said
+    assert "Corruption of in-memory data (0x8) detected" in said
+    assert "Shutting down filesystem." in said
+    assert "Please unmount the filesystem and rectify the problem(s)" in said
+    assert_sound(image, True)
+
+
+# -- write-back --------------------------------------------------------------------------------
+
+
+async def test_what_could_not_be_written_stays_dirty(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A write-back without memory: fsync says so, nothing is lost, the next one writes it."""
+    image, content = support.mkfs(scratch), b"kept" * 50000
+    async with opened(image) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, content)
+        dirty = vol.pages.dirty.nr_dirty
+        vol.arena.set_policy(parse("inject:p=1,site=BufCache"))
+        with pytest.raises(OSError, match="failed earlier") as told:
+            await file.fsync(vol, ip)
+        assert told.value.errno == errno.ENOMEM
+        assert vol.pages.dirty.nr_dirty == dirty
+        assert vol.failures.figures().keys() == {"writeback"}
+        vol.arena.set_policy(IRIX)
+        await file.fsync(vol, ip)
+        assert vol.pages.dirty.nr_dirty == 0
+        drop_caches(vol)
+        assert await file.read(vol, ip, 0, len(content)) == content
+    support.assert_clean(image)
+
+
+async def test_the_flusher_goes_on(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The error of a write-back that nobody waited for is told once; the data is written later."""
+    image = support.mkfs(scratch)
+    async with opened(image) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, b"x" * 100000)
+        vol.arena.set_policy(parse("inject:p=1,site=BufCache"))
+        await trio.sleep(60)
+        assert vol.failures.counts[enomem.WRITEBACK]
+        assert vol.pages.dirty.nr_dirty
+        vol.arena.set_policy(IRIX)
+        await trio.sleep(60)
+        assert vol.pages.dirty.nr_dirty == 0
+        with pytest.raises(OSError, match="failed earlier"):
+            await file.fsync(vol, ip)
+        await file.fsync(vol, ip)
+    support.assert_clean(image)
+
+
+async def test_what_needs_clean_data_does_not_begin(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Extents are not shifted while the data that they shall hold is still dirty."""
+    image, content = support.mkfs(scratch), bytes(range(256)) * 256
+    async with opened(image) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, content)
+        vol.arena.set_policy(parse("inject:nth=1,site=BufCache"))
+        with pytest.raises(OSError, match="write-back failed"):
+            await fallocate.fallocate(vol, ip, 0, 8192, fallocate.COLLAPSE_RANGE)
+        assert await file.read(vol, ip, 0, 1 << 20) == content
+        await fallocate.fallocate(vol, ip, 0, 8192, fallocate.COLLAPSE_RANGE)
+        assert await file.read(vol, ip, 0, 1 << 20) == content[8192:]
+    support.assert_clean(image)
+
+
+# -- the background ----------------------------------------------------------------------------
+
+
+async def test_inodegc_tries_again(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    image = support.mkfs(scratch)
+    async with opened(image) as vol:
+        root = await vol.inodes.get(vol.geo.root_ino)
+        async with a_file(vol):
+            await namespace.unlink(vol, root, b"file")
+            await vol.flush_metadata()
+            drop_caches(vol)  # so it cannot be freed at once
+        vol.inodes.put(root)
+        vol.arena.set_policy(parse("inject:nth=1"))
+        await vol.drain_inactive()
+        assert vol.failures.figures().keys() == {"retry"}
+    support.assert_clean(image)
+
+
+async def test_insisting_ends(
+    scratch: Path, autojump_clock: trio.testing.MockClock, allow_logs: AllowLogs
+) -> None:
+    """Work that never gets its memory is given up, in the end, by a shutdown that says why."""
+    allow_logs(SHUTDOWN_LOGS)
+    device = SlowImage(support.mkfs(scratch))
+    calls = []
+
+    async def never() -> None:
+        calls.append(trio.current_time())
+        raise AllocationFailed("order:0", gfp.KERNEL, "test")
+
+    async with Volume.open(device, 16 << 20) as vol:
+        await enomem.insist(vol, never, "the test")
+        assert len(calls) == enomem.TRIES
+        assert vol.shutdown_reason == f"the test: no memory after {enomem.TRIES} tries"
+        assert vol.failures.counts[enomem.RETRY].total() == enomem.TRIES
+    device.close()
+
+
+async def test_an_unmount_insists(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Half of all allocations fail: everything is written nevertheless, at a few tries each."""
+    image, content = support.mkfs(scratch), b"written" * 30000
+    async with opened(image) as vol:
+        async with a_file(vol) as ip:
+            await file.write(vol, ip, 0, content)
+        vol.arena.set_policy(parse("inject:p=0.5,seed=1,site=BufCache"))
+    async with opened(image) as vol, a_file(vol) as ip:
+        assert await file.read(vol, ip, 0, len(content)) == content
+    support.assert_clean(image)
+
+
+# -- what is left behind -----------------------------------------------------------------------
+
+
+def objects(vol: Volume) -> dict[str, int]:
+    return {cache.name: cache.nr_objects for cache in vol.arena.slab_caches}
+
+
+@pytest.mark.parametrize(
+    ("site", "nth"),
+    [("BufCache._new", 1), ("BufCache._new", 2), ("_new_record", 1), ("_new_record", 2)],
+)
+async def test_a_failed_read_leaves_nothing(
+    site: str, nth: int, scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """No memory is lost, and whoever waited for the same inode or block gets it."""
+    results: list[str] = []
+
+    async def look(vol: Volume, ino: int) -> None:
+        try:
+            vol.inodes.put(await vol.inodes.get(ino))
+            results.append("found")
+        except AllocationFailed:
+            results.append("failed")
+
+    image = support.mkfs(scratch)
+    async with opened(image, pause_s=0.1) as vol:
+        async with a_file(vol) as ip:
+            ino = ip.ino
+        await vol.flush_metadata()
+        drop_caches(vol)
+        before = objects(vol), vol.arena.free_pages
+        vol.arena.set_policy(parse(f"inject:nth={nth},site={site}"))
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look, vol, ino)
+                nursery.start_soon(look, vol, ino)
+        assert sorted(results) == ["failed", "found"]
+        drop_caches(vol)
+        assert (objects(vol), vol.arena.free_pages) == before
+        vol.arena.check()
+
+
+async def test_a_failed_folio_leaves_nothing(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Neither without a folio nor without a radix node is anything taken or promised."""
+    async with opened(support.mkfs(scratch)) as vol, a_file(vol) as ip:
+        for node in vol.pages._spare[: vol.pages._nr_spare].tolist():
+            vol.pages.nodes.free(node)
+        vol.pages._nr_spare = 0
+        before = vol.arena.free_pages, vol.space.delalloc
+        for site in ("_new_folio", "_refill"):
+            vol.arena.set_policy(parse(f"inject:nth=1,site={site}"))
+            with pytest.raises(AllocationFailed, match=site):
+                await file.write(vol, ip, 0, b"x" * 4096)
+        vol.arena.set_policy(IRIX)
+        assert (vol.arena.free_pages, vol.space.delalloc) == before
+        assert await file.write(vol, ip, 0, b"x" * 4096) == 4096
+
+
+def test_groups() -> None:
+    """A nursery's group of nothing but failed allocations is one; with anything else it is not."""
+    failed = AllocationFailed("order:4", gfp.KERNEL, "test")
+    inner = ExceptionGroup("inner", [failed, AllocationFailed("order:5", gfp.KERNEL, "test")])
+    look: Callable[[BaseException], Any] = enomem.failed_allocation
+    assert look(failed) is failed
+    assert look(ExceptionGroup("outer", [inner])) is failed
+    assert look(ExceptionGroup("outer", [inner, OSError()])) is None
+    assert look(OSError(errno.ENOMEM, "the host's")) is None
