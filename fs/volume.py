@@ -347,6 +347,7 @@ class Volume:
                 with trio.move_on_after(METADATA_PERIOD_S):
                     await self._metadata_wake.wait()
                 self._metadata_wake = trio.Event()
+                written = self.bufs.counts["writes"]
                 if not self.shut_down:
                     try:
                         await enomem.insist(self, self.flush_metadata, "metadata write failed")
@@ -354,7 +355,8 @@ class Volume:
                         self.shutdown(f"metadata write failed: {error}")
                 done, self._metadata_done = self._metadata_done, trio.Event()
                 done.set()
-                self.arena.kick()
+                if self.bufs.counts["writes"] > written:  # else who waits would only wake us again
+                    self.arena.kick()
 
     async def flush_metadata(self) -> None:
         """Take all dirty inodes and buffers home and make them stable.

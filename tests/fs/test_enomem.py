@@ -25,10 +25,17 @@ from fs.errors import ShutDown
 from fs.volume import Volume
 from tests import support
 from tests.conftest import AllowLogs
-from tests.fs.imagefiles import SlowImage, a_file, opened
+from tests.fs.imagefiles import IMAGES, SlowImage, a_file, opened
 
-SHUTDOWN_LOGS = "xfs_trans_cancel|half changed|Shutting down|unmounted after a shutdown"
+NO_MEMORY_LOGS = "memory allocation deadlock|page allocation failure"
 DIRTY_SITE = "site=InodeCache._new_record"  # in a create: the new inode is on the image already
+SHUTDOWN_LOGS = f"{NO_MEMORY_LOGS}|xfs_trans_cancel|Shutting down|unmounted after a shutdown"
+
+
+@pytest.fixture(autouse=True)
+def _no_memory(allow_logs: AllowLogs) -> None:
+    """What the allocator says when it gives up is what all of these tests provoke."""
+    allow_logs(NO_MEMORY_LOGS)
 
 
 def drop_caches(vol: Volume) -> None:
@@ -212,6 +219,46 @@ async def test_with_memory_no_policy_makes_a_difference(
     support.assert_clean(image)
 
 
+def take_all(vol: Volume, but: int) -> list[int]:
+    """All memory there is, but so many pages; the pages that are held."""
+    drop_caches(vol)
+    taken = []
+    while (pfn := vol.arena.try_alloc_folio(0, gfp.NOWAIT | gfp.MEMALLOC)) is not None:
+        taken.append(pfn)
+    for _ in range(but):
+        vol.arena.put_folio(taken.pop())
+    return taken
+
+
+@pytest.mark.parametrize("policy", ["irix", "linux", "mayfail"])
+@pytest.mark.parametrize("pages", [0, 140])  # min is 128
+async def test_without_memory_it_does(
+    policy: str,
+    pages: int,
+    scratch: Path,
+    autojump_clock: trio.testing.MockClock,
+    allow_logs: AllowLogs,
+) -> None:
+    """Somebody holds nearly all memory for a minute: who may wait completes, `mayfail` does not."""
+    allow_logs(SHUTDOWN_LOGS)
+    image = support.mkfs(scratch)
+    device = SlowImage(image)
+    async with Volume.open(device, 16 << 20, paranoid=True) as vol:
+        schedule = Schedule(vol)
+        taken = take_all(vol, pages)
+        vol.arena.set_policy(parse(policy))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(schedule.run)
+            await trio.sleep(60)
+            for pfn in taken:
+                vol.arena.put_folio(pfn)
+    device.close()
+    assert bool(schedule.failed) == (policy == "mayfail")
+    assert policy == "mayfail" or not vol.shut_down
+    assert (enomem.SHUTDOWN in vol.failures.figures()) == vol.shut_down
+    assert_sound(image, vol.shut_down)
+
+
 async def test_a_dirty_transaction_says_what_xfs_says(
     scratch: Path, autojump_clock: trio.testing.MockClock, allow_logs: AllowLogs
 ) -> None:
@@ -255,9 +302,7 @@ async def test_what_could_not_be_written_stays_dirty(
     support.assert_clean(image)
 
 
-async def test_the_flusher_goes_on(
-    scratch: Path, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_the_flusher_goes_on(scratch: Path, autojump_clock: trio.testing.MockClock) -> None:
     """The error of a write-back that nobody waited for is told once; the data is written later."""
     image = support.mkfs(scratch)
     async with opened(image) as vol, a_file(vol) as ip:
@@ -294,9 +339,7 @@ async def test_what_needs_clean_data_does_not_begin(
 # -- the background ----------------------------------------------------------------------------
 
 
-async def test_inodegc_tries_again(
-    scratch: Path, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_inodegc_tries_again(scratch: Path, autojump_clock: trio.testing.MockClock) -> None:
     image = support.mkfs(scratch)
     async with opened(image) as vol:
         root = await vol.inodes.get(vol.geo.root_ino)
@@ -331,9 +374,7 @@ async def test_insisting_ends(
     device.close()
 
 
-async def test_an_unmount_insists(
-    scratch: Path, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_an_unmount_insists(scratch: Path, autojump_clock: trio.testing.MockClock) -> None:
     """Half of all allocations fail: everything is written nevertheless, at a few tries each."""
     image, content = support.mkfs(scratch), b"written" * 30000
     async with opened(image) as vol:
@@ -342,6 +383,74 @@ async def test_an_unmount_insists(
         vol.arena.set_policy(parse("inject:p=0.5,seed=1,site=BufCache"))
     async with opened(image) as vol, a_file(vol) as ip:
         assert await file.read(vol, ip, 0, len(content)) == content
+    support.assert_clean(image)
+
+
+# -- blocks larger than pages ------------------------------------------------------------------
+
+
+def checkerboard(vol: Volume) -> list[int]:
+    """Have no sixteen free pages side by side, though most are free; the pages that are held."""
+    taken = take_all(vol, 0)
+    for pfn in taken:
+        if pfn % 16:
+            vol.arena.put_folio(pfn)
+    return [pfn for pfn in taken if pfn % 16 == 0]
+
+
+@pytest.mark.parametrize("policy", ["linux", "irix"])
+async def test_a_large_block_in_fragmented_memory(
+    policy: str, scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Linux gives up on the folio of a 64 KiB block, the smallest there is; irix waits for it."""
+    image, wrote = support.mkfs(scratch, *IMAGES["64k"]), trio.Event()
+
+    async def write(vol: Volume, ip: Inode) -> None:
+        assert await file.write(vol, ip, 0, b"x") == 1
+        wrote.set()
+
+    async with opened(image) as vol, a_file(vol) as ip:
+        held = checkerboard(vol)
+        assert vol.arena.free_pages > vol.arena.nr_pages // 2
+        vol.arena.set_policy(parse(policy))
+        if policy == "linux":
+            with pytest.raises(AllocationFailed, match="order:4, mode:KERNEL"):
+                await file.write(vol, ip, 0, b"x")
+        async with trio.open_nursery() as nursery:
+            vol.arena.set_policy(IRIX)
+            nursery.start_soon(write, vol, ip)
+            await trio.sleep(10)
+            assert not wrote.is_set()
+            for pfn in held:
+                vol.arena.put_folio(pfn)
+    support.assert_clean(image)
+
+
+async def test_nofail_waits_under_linux(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The same for metadata, whose blocks are as large: a transaction says NOFAIL, and waits."""
+    image, made = support.mkfs(scratch, *IMAGES["64k"]), []
+
+    async def fill(vol: Volume, root: Inode) -> None:
+        for number in range(12):
+            name = b"%d" % number + b"n" * 60
+            vol.inodes.put(await namespace.create(vol, root, name, 0o644, 0, 0))
+            made.append(number)
+
+    async with opened(image) as vol:
+        root = await vol.inodes.get(vol.geo.root_ino)
+        held = checkerboard(vol)
+        vol.arena.set_policy(parse("linux"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fill, vol, root)
+            await trio.sleep(10)
+            assert len(made) < 12
+            for pfn in held:
+                vol.arena.put_folio(pfn)
+        assert len(made) == 12
+        assert not vol.failures.figures()
+        vol.inodes.put(root)
     support.assert_clean(image)
 
 
