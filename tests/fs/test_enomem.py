@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import trio
 import trio.testing
 
 from alloc import gfp
+from alloc.arena import Arena, Slab
 from alloc.policy import IRIX, AllocationFailed, parse
 from fs import copyrange, enomem, fallocate, file, namespace, tmpfile, xattr
 from fs.cache.inode import Inode
 from fs.errors import ShutDown
+from fs.log.transaction import Transaction
 from fs.volume import Volume
 from tests import support
 from tests.conftest import AllowLogs
@@ -257,6 +260,42 @@ async def test_without_memory_it_does(
     assert policy == "mayfail" or not vol.shut_down
     assert (enomem.SHUTDOWN in vol.failures.figures()) == vol.shut_down
     assert_sound(image, vol.shut_down)
+
+
+async def test_whoever_is_dirty_says_nofail(
+    scratch: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first change to the commit a transaction asks only for what cannot be refused."""
+    open_ones: dict[trio.lowlevel.Task, list[Transaction]] = {}
+    seen, plain = 0, set()
+    enter, leave = Transaction.__aenter__, Transaction.__aexit__
+
+    async def entered(tp: Transaction) -> Transaction:
+        open_ones.setdefault(trio.lowlevel.current_task(), []).append(tp)
+        return await enter(tp)
+
+    async def left(tp: Transaction, *how: Any) -> None:
+        await leave(tp, *how)
+        open_ones[trio.lowlevel.current_task()].remove(tp)
+
+    def watched(alloc: Any, at: int) -> Any:
+        async def asked(self: Any, *args: Any) -> int:
+            nonlocal seen
+            if any(tp.dirty for tp in open_ones.get(trio.lowlevel.current_task(), ())):
+                seen += 1
+                if len(args) <= at or not args[at] & gfp.NOFAIL:
+                    plain.add(sys._getframe(1).f_code.co_qualname)
+            return int(await alloc(self, *args))
+
+        return asked
+
+    monkeypatch.setattr(Transaction, "__aenter__", entered)
+    monkeypatch.setattr(Transaction, "__aexit__", left)
+    monkeypatch.setattr(Arena, "alloc_folio", watched(Arena.alloc_folio, 1))
+    monkeypatch.setattr(Slab, "alloc", watched(Slab.alloc, 0))
+    await run_schedule(support.mkfs(scratch), "irix")
+    assert seen > 50
+    assert not plain
 
 
 async def test_a_dirty_transaction_says_what_xfs_says(
