@@ -345,7 +345,8 @@ class BufCache:
         done = self._reads[daddr] = trio.Event()
         handle = 0
         try:
-            handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
+            with gfp.nofs():  # cleaners may wait for this very block
+                handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
             buf = Buf(self, handle)
             _insert(self.table, self._head, self._buckets, handle)
             self.counts["reads"] += 1

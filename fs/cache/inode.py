@@ -217,7 +217,8 @@ class InodeCache:
         done = self._loads[ino] = trio.Event()
         ip: Inode | None = None
         try:
-            ip = await self._new(ino)
+            with gfp.nofs():  # a transaction may wait for this very inode
+                ip = await self._new(ino)
             await self.read_image(ip)
             if not ip.mode:
                 raise FileNotFoundError(2, f"inode {ino} is free")
