@@ -23,7 +23,7 @@ import numpy as np
 import trio
 from numpy.typing import DTypeLike, NDArray
 
-from alloc import buddy, check, slab
+from alloc import buddy, check, lockdep, slab
 from alloc.gfp import COSTLY_ORDER, FAILABLE, KERNEL, MEMALLOC, NOFAIL, ZERO, current_scope
 from alloc.libc import zero
 from alloc.lru import Lru
@@ -122,6 +122,8 @@ class Arena:
         assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc_folio"
         if self._injector is not None:
             self._injector.look(f"order:{order}", order, gfp)
+        if lockdep.current is not None:
+            lockdep.current.allocates(gfp)
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
         pfn: int = buddy.alloc_pages(*self.buddy, order, rights)
         if pfn <= 0:
@@ -294,6 +296,8 @@ class Slab:
         """A zeroed object; its index in `table`. Never fails."""
         gfp |= current_scope()
         assert gfp & FAILABLE == 0, "a request that may fail is spelled try_alloc"
+        if lockdep.current is not None:
+            lockdep.current.allocates(gfp)
         arena = self.arena
         if arena._injector is not None:
             arena._injector.look(f"slab:{self.name}", 0, gfp)

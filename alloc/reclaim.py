@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import trio
 
 from alloc import gfp as gfp_flags
+from alloc import lockdep
 from alloc.page import W_FREE, W_HIGH, Words
 from alloc.shrinker import PRIORITY_FIRST, Shrinker, ShrinkerState
 from alloc.vmstat import VmStat
@@ -83,6 +84,9 @@ class Reclaim:
         """One pass over every shrinker, each up to `target` objects freed; progress made."""
         if self._in_pass:
             return 0
+        validator = None if gfp & gfp_flags.NOFS else lockdep.current
+        if validator is not None:
+            validator.took(lockdep.FS_RECLAIM)
         self._in_pass = True
         self.who = who
         self._scanned = 0
@@ -95,6 +99,8 @@ class Reclaim:
                 freed += nr_freed
         finally:
             self._in_pass = False
+            if validator is not None:
+                validator.dropped(lockdep.FS_RECLAIM)
         gained = max(int(self._words[W_FREE]) - free_before, 0)
         self._vmstat.add("slabs_scanned", self._scanned)
         self._vmstat.add(f"pgsteal_{who}", gained)

@@ -76,10 +76,11 @@ def mount(
     """Mount an image. Returns when the mount answers.
 
     Options of -o: ro rw noatime nodiratime relatime strictatime sync dirsync suid dev exec
-    allow_other allow_root acl noacl auto_unmount remount paranoid debug foreground image=PATH
-    scratch=SIZE mkfs=WORDS memory=SIZE cache=none|writethrough|writeback fsname= subtype= log=
-    policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= lanes=N transport=device|uring
-    max_write=SIZE latency=auto|on|off lock_timeout=SECONDS max_background=N read_ahead_kb=N.
+    allow_other allow_root acl noacl auto_unmount remount paranoid lockdep debug foreground
+    image=PATH scratch=SIZE mkfs=WORDS memory=SIZE cache=none|writethrough|writeback fsname=
+    subtype= log= policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= lanes=N
+    transport=device|uring max_write=SIZE latency=auto|on|off lock_timeout=SECONDS
+    max_background=N read_ahead_kb=N.
     """
     from fs import mount as life
     from fs.front import options as grammar

@@ -47,7 +47,7 @@ async def read(vol: Volume, ip: Inode, offset: int, size: int) -> bytes | bytear
     if offset < 0 or size < 0:
         raise OSError(errno.EINVAL, "negative position or length")
     locks, handle = vol.iolocks, ip.handle
-    if not locks.try_acquire(handle, True):
+    if not locks.acquire_now(handle, True):
         await locks.acquire(handle, True)
     try:
         length = min(size, ip.size - offset)
@@ -105,7 +105,7 @@ async def write(
     if offset >= SIZE_MAX:
         raise OSError(errno.EFBIG, "file too large")
     locks, handle = vol.iolocks, ip.handle
-    if not locks.try_acquire(handle, False):
+    if not locks.acquire_now(handle, False):
         await locks.acquire(handle, False)
     try:
         if offset > ip.size:

@@ -36,7 +36,7 @@ async def read(vol: Volume, ip: Inode, first: int, count: int) -> list[bmap.Mapp
         async with vol.reader(ip) as tp:
             return await bmap.read(tp, ip, first, count)
     locks = vol.ilocks
-    if not locks.try_acquire(ip.handle, True):
+    if not locks.acquire_now(ip.handle, True):
         await locks.acquire(ip.handle, True)
     try:
         if ip.format == L.FMT_EXTENTS:

@@ -232,8 +232,11 @@ def _run(
     log: logging.Logger,
 ) -> int:
     """Load the kernels, then serve until unmounted. Returns the daemon's exit status."""
+    from alloc import lockdep
     from fs import warmup
 
+    if options.lockdep or tuning.lockdep():
+        lockdep.start()
     tuning.bound_heap()
     tuning.declare_io_flusher(log)
     warmup.warm(reporter)

@@ -31,6 +31,7 @@ URING_PARAMS_BYTES = 120
 LANES_AUTO = 4
 # What a mount uses that does not say lanes= and transport=.
 LANES_VARIABLE, TRANSPORT_VARIABLE = "NOFAILFS_LANES", "NOFAILFS_TRANSPORT"
+LOCKDEP_VARIABLE = "NOFAILFS_LOCKDEP"  # 1: every mount has the lock-order validator
 TASKS_LEAST = 4096
 TASK_RESERVE = 1024  # asynchronous requests that belong to no waiting thread
 PR_SET_IO_FLUSHER = 57
@@ -48,6 +49,11 @@ def lanes() -> int:
 def transport() -> str:
     """How requests come to the lanes of a mount that does not say."""
     return "uring" if os.environ.get(TRANSPORT_VARIABLE) == "uring" else "device"
+
+
+def lockdep() -> bool:
+    """Whether a mount that does not say has the lock-order validator."""
+    return os.environ.get(LOCKDEP_VARIABLE) == "1"
 
 
 def allow_pages(pages: int, log: logging.Logger) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import trio
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from alloc.arena import Arena
 from fs import enomem, namespace
 from fs.cache import resident
@@ -31,7 +31,7 @@ from fs.cache.dentry import DentryCache
 from fs.cache.folio import PageCache
 from fs.cache.incore import I4_ILOCK, I4_IOLOCK, INODE_WORDS
 from fs.cache.inode import Inode, InodeCache
-from fs.cache.lock import LockTable
+from fs.cache.lock import LockTable, Mutex
 from fs.device.base import Device
 from fs.errors import Corrupt, ShutDown, UserError
 from fs.log import head
@@ -48,6 +48,9 @@ METADATA_PERIOD_S = 30  # dirty metadata goes home at least this often
 METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
 RESTART_S = 1.0  # between a background task's failure and its next attempt
+METADATA = "metadata"  # to the lock-order validator: transactions wait for the metadata writer
+# The documented order of locks, from the outermost to the innermost.
+LOCK_ORDER = ("rename", "iolock", lockdep.FS_RECLAIM, METADATA, "ilock", "space")
 FLUSH_BATCH = 256  # inodes flushed between two turns of the other tasks
 
 # Kinds of blocks that kernels find by themselves, in the order of fs.cache.resident's K_*.
@@ -95,18 +98,20 @@ class Volume:
         self.pages = PageCache(self)
         self.flusher = Flusher(self.arena, self.pages, self.pages.dirty, log)
         words = self.arena.mem.view(np.uint32)
-        self.iolocks = LockTable("iolock", words, INODE_WORDS, I4_IOLOCK)
-        self.ilocks = LockTable("ilock", words, INODE_WORDS, I4_ILOCK)
+        self.iolocks = LockTable("iolock", words, INODE_WORDS, I4_IOLOCK, self._ino_of)
+        self.ilocks = LockTable("ilock", words, INODE_WORDS, I4_ILOCK, self._ino_of)
         self.space_lock = LockTable("space")
         self.create_blocks = namespace.create_blocks(geo)
         self._running = 0  # transactions that are open
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
-        self._inode_flush = trio.Lock()
+        self._inode_flush = Mutex("inode flush")
         self._inactive: deque[Inode] = deque()
         self._inactive_wake = trio.Event()
         self._inactive_done = trio.Event()
         self._closing = False
+        if lockdep.current is not None:
+            lockdep.current.declare(*LOCK_ORDER)
 
     # -- opening and closing --------------------------------------------------------------------
 
@@ -301,12 +306,18 @@ class Volume:
         """Serialises data operations: shared to read, exclusive to write or truncate."""
         return self.iolocks.locked(ip.handle, shared)
 
+    def _ino_of(self, handle: int) -> int:
+        """Several inodes are locked in this order."""
+        return int(self.inodes.fields["ino"][handle])
+
     async def admit(self, name: str) -> None:
         """Let a transaction begin when dirty metadata leaves memory for it.
 
         The writer needs no transaction, so what is waited for here always comes.
         """
         self.check_writable()
+        if lockdep.current is not None:
+            lockdep.current.wants(METADATA)
         while self._metadata_is_crowding() and not self.shut_down:
             self.wake_metadata()
             await self._metadata_done.wait()
@@ -350,7 +361,8 @@ class Volume:
                 written = self.bufs.counts["writes"]
                 if not self.shut_down:
                     try:
-                        await enomem.insist(self, self.flush_metadata, "metadata write failed")
+                        with lockdep.holding(lockdep.FS_RECLAIM), lockdep.holding(METADATA):
+                            await enomem.insist(self, self.flush_metadata, "metadata write failed")
                     except OSError as error:
                         self.shutdown(f"metadata write failed: {error}")
                 done, self._metadata_done = self._metadata_done, trio.Event()

@@ -8,6 +8,10 @@ write one cache.
 
 The log police: a WARNING or worse from one of our loggers fails the test that caused it, unless
 the test asks for `allow_logs` and names the message it expects.
+
+The lock-order validator (alloc/lockdep.py) watches all tests, and all daemons that they start. It
+remembers the orders of earlier tests, so paths that no single test takes together are compared,
+too; its reports are ERRORs, for the police.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ if "NOFAILFS_TEST_LANES" in os.environ:  # of every mount that does not say lane
 if "NOFAILFS_TEST_TRANSPORT" in os.environ:  # of every mount that does not say transport=
     os.environ["NOFAILFS_TRANSPORT"] = os.environ["NOFAILFS_TEST_TRANSPORT"]
 
+os.environ["NOFAILFS_LOCKDEP"] = "1"
+
+from alloc import lockdep
 from tests import support
 from tools.targets import scratch_dir
 
@@ -105,6 +112,7 @@ def warm_for_workers(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     warm_for_workers(config)
     logging.getLogger().addHandler(POLICE)
+    lockdep.start()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -119,6 +127,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     POLICE.records.clear()
     POLICE.allowed.clear()
+    validator = lockdep.start()
+    validator.context = item.nodeid
+    validator.forget_tasks()
     return (yield)
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable
 import numpy as np
 import trio
 
+from alloc import lockdep
+
 BACKGROUND_RATIO = 10  # vm.dirty_background_ratio, percent of dirtyable memory
 RATIO = 20  # vm.dirty_ratio
 RATELIMIT_PAGES = 16  # pages dirtied between two looks at the limits (Linux's floor)
@@ -122,6 +124,8 @@ class Dirty:
 
     async def balance(self, pages: int) -> None:
         """Wait until `pages` more may be dirtied. Call it before any folio is taken."""
+        if lockdep.current is not None:
+            lockdep.current.wants(lockdep.FS_RECLAIM)  # the flusher works under it
         if not self.must_wait():
             return
         self.update()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import trio
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from writeback.dirty import Dirty
 from writeback.mapping import INODE_DIRTY, LISTED, Mappings
 
@@ -172,12 +172,13 @@ class Flusher:
         self._mappings.hold(handle)
         pages = 0
         try:
-            pages = await self._mappings.write_range(
-                handle, 0, ALL_PAGES, integrity=integrity, budget=budget
-            )
-            state = self._mappings.state(handle)
-            if state["flags"] & INODE_DIRTY and pages < budget:
-                await self._mappings.write_object(handle)
+            with lockdep.holding(lockdep.FS_RECLAIM):
+                pages = await self._mappings.write_range(
+                    handle, 0, ALL_PAGES, integrity=integrity, budget=budget
+                )
+                state = self._mappings.state(handle)
+                if state["flags"] & INODE_DIRTY and pages < budget:
+                    await self._mappings.write_object(handle)
         except OSError as error:
             self._log.error("write-back stopped: %s", error)
         finally:

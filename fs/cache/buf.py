@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import trio
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from alloc.arena import Arena
 from alloc.jit import kernel
+from fs.cache.lock import Mutex
 from fs.cache.thread import (
     bucket_of,
     chain_find,
@@ -230,6 +231,7 @@ def _reclaim(t, head, buckets, out, scan):
 Runs = tuple[tuple[int, int], ...]
 
 RECLAIM_BATCH = 128
+READING = "buf"  # to the lock-order validator: others wait for whoever brings a block in core
 WRITE_BATCH = 4096  # buffers looked at in one pass of the writer
 
 
@@ -259,7 +261,7 @@ class BufCache:
         self._runs: dict[int, Runs] = {}  # of the few buffers that are not in one piece
         self._writing = trio.Event()
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
-        self._writer = trio.Lock()
+        self._writer = Mutex("buf writer")
         self.counts = {"reads": 0, "writes": 0, "merged_writes": 0, "corrupt": 0}
 
     async def start(self) -> None:
@@ -302,6 +304,8 @@ class BufCache:
 
         `runs` says where its parts are if it is not in one piece; `daddr` is the first one's.
         """
+        if lockdep.current is not None:
+            lockdep.current.wants(READING)
         while True:
             handle = _hold(self.table, self._head, self._buckets, daddr)
             if handle > 0:
@@ -344,6 +348,9 @@ class BufCache:
                 raise self._corrupt(ops, daddr, "beyond the end of the device")
         done = self._reads[daddr] = trio.Event()
         handle = 0
+        validator = lockdep.current
+        if validator is not None:
+            validator.took(READING, daddr, daddr)
         try:
             with gfp.nofs():  # cleaners may wait for this very block
                 handle = await self._new(daddr, bbs << L.BB_LOG, ops, runs)
@@ -373,6 +380,8 @@ class BufCache:
         finally:
             del self._reads[daddr]
             done.set()
+            if validator is not None:
+                validator.dropped(READING, daddr)
 
     async def get(
         self, daddr: int, bbs: int, ops: BufOps, owner: int = 0, runs: Runs = ()
@@ -381,6 +390,8 @@ class BufCache:
 
         `owner` is who the caller makes the block say it belongs to.
         """
+        if lockdep.current is not None:
+            lockdep.current.wants(READING)
         while True:
             handle = _hold(self.table, self._head, self._buckets, daddr)
             under_way = self._reads.get(daddr)

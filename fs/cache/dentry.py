@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import trio
 
 from alloc import gfp
 from alloc.arena import Arena
@@ -33,6 +32,7 @@ from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper, kernel
 from alloc.page import Slabs
 from alloc.slab import object_alloc
+from fs.cache.lock import Mutex
 from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove
 from fs.xfs.danode import hash_bytes
 from fs.xfs.dirdata import same_name
@@ -264,7 +264,7 @@ class DentryCache:
         self._head = np.zeros(H_WORDS, np.int64)
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
         self._state: tuple[Any, ...] = ()
-        self.rename_lock = trio.Lock()  # held while a directory moves to another directory
+        self.rename_lock = Mutex("rename")  # held while a directory moves to another directory
 
     async def start(self) -> None:
         """Take the memory of the hash buckets."""

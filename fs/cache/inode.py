@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import trio
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from alloc.arena import Arena
 from fs.cache import inodetable as records
 from fs.cache.incore import (
@@ -53,6 +53,7 @@ __all__ = [
     "find_inode",
 ]
 
+LOADING = "inode load"  # to the lock-order validator: others wait for whoever reads an inode
 RECLAIM_BATCH = 128  # inodes that one kernel call takes off the list
 
 
@@ -201,6 +202,8 @@ class InodeCache:
 
         Raises OSError(ENOENT) for a free one, Corrupt for a broken one, OSError(EIO).
         """
+        if lockdep.current is not None:
+            lockdep.current.wants(LOADING, ino, ino)
         while True:
             under_way = self._loads.get(ino)
             if under_way is not None:
@@ -216,6 +219,9 @@ class InodeCache:
     async def _load(self, ino: int) -> Inode:
         done = self._loads[ino] = trio.Event()
         ip: Inode | None = None
+        validator = lockdep.current
+        if validator is not None:
+            validator.took(LOADING, ino, ino)
         try:
             with gfp.nofs():  # a transaction may wait for this very inode
                 ip = await self._new(ino)
@@ -232,6 +238,8 @@ class InodeCache:
         finally:
             del self._loads[ino]
             done.set()
+            if validator is not None:
+                validator.dropped(LOADING, ino)
 
     async def _new(self, ino: int) -> Inode:
         """A record with one reference, findable but not valid; both its locks are held."""
@@ -256,6 +264,8 @@ class InodeCache:
 
         If the freed inode is still in core, its generation is newer than the image's and stays.
         """
+        if lockdep.current is not None:
+            lockdep.current.wants(LOADING, ino, ino)
         while ino in self._loads:
             await self._loads[ino].wait()
         ip = self._renewed(ino)

@@ -14,6 +14,9 @@ exclusively, or it had been granted. Whoever leaves the line by cancellation ser
 
 A lane holds a lock for the time of one request and nobody can wait for it on the trio thread
 without leaving the loop, so a task looks at a held word for about a microsecond before it queues.
+
+alloc/lockdep.py is told what tasks want, take and drop, each table being a class of locks; `rank`
+says in which order several of a table are taken.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -21,13 +24,15 @@ without leaving the loop, so a task looks at a held word for about a microsecond
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import TracebackType
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from alloc import lockdep
 from alloc.atomic import compare_exchange, fetch_add, fetch_and, load_acquire
 from alloc.jit import helper, kernel
 
@@ -116,8 +121,10 @@ class LockTable:
         words: NDArray[np.uint32] | None = None,
         stride: int = 1,
         offset: int = 0,
+        rank: Callable[[int], int] = int,
     ) -> None:
         self.name = name
+        self._rank = rank
         self.words = np.zeros(PRIVATE_WORDS, np.uint32) if words is None else words
         self._stride = stride
         self._offset = offset
@@ -128,11 +135,35 @@ class LockTable:
         return bool(int(self.words[handle * self._stride + self._offset]) & (WAITED - 1))
 
     def try_acquire(self, handle: int, shared: bool) -> bool:
-        """Take the lock if that needs no waiting."""
-        return bool(acquire_word(self.words, handle * self._stride + self._offset, shared))
+        """Take the lock if that needs no waiting; the caller can do without."""
+        got = bool(acquire_word(self.words, handle * self._stride + self._offset, shared))
+        if got and lockdep.current is not None:
+            lockdep.current.took(self.name, handle, self._rank(handle))
+        return got
+
+    def acquire_now(self, handle: int, shared: bool) -> bool:
+        """The quick half of `acquire`: who gets False here awaits that."""
+        if lockdep.current is not None:
+            lockdep.current.wants(self.name, handle, self._rank(handle))
+        return self.try_acquire(handle, shared)
+
+    def adopt(self, handle: int) -> None:
+        """The running task goes on under a lock that a lane took and left held."""
+        assert self.held(handle)
+        if lockdep.current is not None:
+            lockdep.current.took(self.name, handle, self._rank(handle))
 
     async def acquire(self, handle: int, shared: bool) -> None:
         """Take the lock, waiting in line."""
+        validator = lockdep.current
+        if validator is None:
+            return await self._acquire(handle, shared)
+        rank = self._rank(handle)
+        validator.wants(self.name, handle, rank)
+        await self._acquire(handle, shared)
+        validator.took(self.name, handle, rank)
+
+    async def _acquire(self, handle: int, shared: bool) -> None:
         i = handle * self._stride + self._offset
         if acquire_word(self.words, i, shared):
             return
@@ -148,7 +179,7 @@ class LockTable:
             await ticket[1].wait()
         except BaseException:
             if ticket[1].is_set():
-                self.release(handle)
+                self._release(handle)
             else:
                 queue.remove(ticket)
                 if not queue:
@@ -158,6 +189,11 @@ class LockTable:
 
     def release(self, handle: int) -> None:
         """Give the lock back, held either way, and hand it to whoever is next."""
+        if lockdep.current is not None:
+            lockdep.current.dropped(self.name, handle)
+        self._release(handle)
+
+    def _release(self, handle: int) -> None:
         left = release_word(self.words, handle * self._stride + self._offset)
         assert left >= 0, f"{self.name} of {handle} is not held"
         if left == WAITED:
@@ -191,3 +227,28 @@ class LockTable:
     def waiting(self) -> int:
         """Number of tasks in line, for reports."""
         return sum(len(queue) for queue in self._queues.values())
+
+
+class Mutex:
+    """`async with mutex:`: a trio.Lock that the validator knows by name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        if lockdep.current is not None:
+            lockdep.current.wants(self.name)
+        await self._lock.acquire()
+        if lockdep.current is not None:
+            lockdep.current.took(self.name)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if lockdep.current is not None:
+            lockdep.current.dropped(self.name)
+        self._lock.release()

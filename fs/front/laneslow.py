@@ -112,6 +112,7 @@ async def write(front: Front, msg: memoryview, slot: int) -> bytes:
 
 async def _go_on(vol: Volume, ip: Inode, offset: int, data: memoryview, done: int) -> int:
     """The rest of a write of which `done` bytes are in the cache; gives the IOLOCK back."""
+    vol.iolocks.adopt(ip.handle)
     source = np.frombuffer(data.toreadonly(), np.uint8)
     try:
         vol.check_writable()

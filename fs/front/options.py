@@ -72,6 +72,7 @@ class MountOptions:
     log: str = ""
     lock_timeout: float = 60.0
     paranoid: bool = False
+    lockdep: bool = False  # False: not said
     lanes: int = -1  # -1: by the number of cores; 0: pyfuse3 alone
     transport: str = ""  # how requests come to lanes; empty: not said
     max_write: int = 0  # 0: as much as memory allows
@@ -216,6 +217,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "foreground": {"foreground": True},
     "debug": {"debug": True, "foreground": True},
     "paranoid": {"paranoid": True},
+    "lockdep": {"lockdep": True},
 }
 
 # Options with a value: the word, the field, and how the value is read.

@@ -201,7 +201,7 @@ async def test_the_word_of_a_record_is_the_lock() -> None:
     words = np.zeros(STRIDE * 4, np.uint32)
     table = LockTable("test", words, STRIDE, OFFSET)
     await table.acquire(2, True)
-    await table.acquire(2, True)
+    assert table.try_acquire(2, True), "waiting for it twice could be for ever"
     await table.acquire(3, False)
     assert {int(i): int(words[i]) for i in np.flatnonzero(words)} == {
         2 * STRIDE + OFFSET: 2,
