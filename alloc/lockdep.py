@@ -221,6 +221,7 @@ def start() -> Lockdep:
     global current
     if current is None:
         current = Lockdep()
+        log.info("lock-order validator: on")
     return current
 
 

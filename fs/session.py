@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
-from alloc import policy
+from alloc import lockdep, policy
 from fs import daemon, mounts, runfile, stat, tuning, warmup
 from fs.device.image import ImageFile
 from fs.errors import UserError
@@ -343,7 +343,8 @@ def task_tree(task: trio.lowlevel.Task, depth: int = 0) -> list[str]:
         f"{frame.name} ({os.path.basename(frame.filename)}:{frame.lineno})"
         for frame in list(frames)[::-1][:5]
     )
-    lines = [f"{'  ' * depth}task {task.name}: {where}"]
+    held = ", ".join(lockdep.held_by(task))
+    lines = [f"{'  ' * depth}task {task.name}{held and f' (holds {held})'}: {where}"]
     for nursery in task.child_nurseries:
         for child in nursery.child_tasks:
             lines += task_tree(child, depth + 1)

@@ -166,6 +166,7 @@ async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHIN
     What lies in a folio that holds more is zeroed there, and blocks wholly inside forgotten.
     """
     pages = vol.pages
+    pages.may_wait(LOCKED | WRITEBACK)
     page = start >> 12
     while pfn := pages.next(ip.handle, page, (stop - 1) >> 12):
         if pages.pages.flags[pfn] & (LOCKED | WRITEBACK):

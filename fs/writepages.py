@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from alloc.page import WRITEBACK
 from alloc.policy import AllocationFailed
 from fs import delalloc, enomem, mapread
 from fs.cache import radix
 from fs.cache.blocks import MAPPED, RESERVED
 from fs.cache.inode import Inode
+from fs.cache.lock import FOLIO_WRITEBACK
 from fs.xfs import bmap, freespace, refcount
 from fs.xfs import layout as L
 from fs.xfs.owner import Owner
@@ -61,6 +62,7 @@ async def write_range(
     ip = Inode(vol.inodes, handle)
     submitted = 0
     kept: list[int] = []
+    pages.may_wait(WRITEBACK)  # for an ioend, too
     tag = radix.DIRTY
     if integrity:
         pages.tag_towrite(handle, start, end)
@@ -80,7 +82,8 @@ async def write_range(
                 index = ioend.next_index
                 submitted += ioend.nr_pages
                 try:
-                    segments = await _map(vol, ip, ioend)
+                    with lockdep.holding(FOLIO_WRITEBACK):
+                        segments = await _map(vol, ip, ioend)
                 except BaseException:
                     _end(vol, ip, ioend)
                     raise
@@ -246,9 +249,10 @@ async def _write_and_complete(
 ) -> None:
     """Steps 3 and 4; pages that stay dirty are put into `kept`."""
     try:
-        await _submit(vol, ip, segments)
-        if segments:
-            await _complete(vol, ip, ioend, segments)
+        with lockdep.holding(FOLIO_WRITEBACK):
+            await _submit(vol, ip, segments)
+            if segments:
+                await _complete(vol, ip, ioend, segments)
     except (OSError, AllocationFailed) as error:
         _fail(vol, ip, ioend, error)
         await _abandon_copies(vol, ip, segments)

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from alloc.page import LOCKED, WRITEBACK
 from fs import writepages
 from fs.cache import blocks, gather, mapping, radix
 from fs.cache.inode import INODE, Inode
+from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
 from fs.xfs import layout as L
 from fs.xfs.extents import REC_BYTES
 from fs.xfs.inode import DATA, levels_max
@@ -275,8 +276,17 @@ class PageCache:
         order = int(self.pages.order[pfn])
         return not self.pages.blocks[pfn : pfn + (1 << order)].any()
 
+    @staticmethod
+    def may_wait(bits: int) -> None:
+        """The running task would wait for folios with these bits: say so before looking for any."""
+        if lockdep.current is not None:
+            for bit, name in ((LOCKED, FOLIO_LOCKED), (WRITEBACK, FOLIO_WRITEBACK)):
+                if bits & bit:
+                    lockdep.current.wants(name)
+
     async def wait(self, pfn: int, bits: int) -> None:
         """Wait until a folio is neither LOCKED nor WRITEBACK, whichever is in `bits`."""
+        self.may_wait(bits)
         self.arena.get_folio(pfn)
         try:
             while self.pages.flags[pfn] & bits:

@@ -39,6 +39,7 @@ from alloc.jit import helper, kernel
 EXCLUSIVE = 0x40000000
 WAITED = 0x80000000
 SPINS = 400
+FOLIO_LOCKED, FOLIO_WRITEBACK = "folio", "writeback"  # to the validator: bits that tasks wait for
 PRIVATE_WORDS = 64  # of a table that no record backs
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from alloc import gfp
+from alloc import gfp, lockdep
 from alloc.page import LOCKED
 from fs import mapread
 from fs.cache.blocks import MAPPED, UPTODATE
+from fs.cache.lock import FOLIO_LOCKED
 from fs.device.base import Views
 from fs.xfs import bmap
 from fs.xfs import layout as L
@@ -76,6 +77,7 @@ async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     """
     pages = vol.pages
     index = pos >> 12
+    pages.may_wait(LOCKED)
     pfn = pages.find(ip.handle, index)
     if pfn and pages.is_locked(pfn):
         await pages.wait(pfn, LOCKED)
@@ -91,7 +93,8 @@ async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     found = await _lookup(vol, ip, index << 12, stop << 12)
     locked = await _take_folios(vol, ip, index, stop, order, found)
     if locked:
-        await _read_folios(vol, ip, locked, found, sequence)
+        with lockdep.holding(FOLIO_LOCKED):
+            await _read_folios(vol, ip, locked, found, sequence)
     return pos
 
 
@@ -281,8 +284,9 @@ async def read_blocks(vol: Volume, ip: Inode, pfn: int, first: int, last: int) -
     vol.pages.lock(pfn)
     log = vol.geo.block_log
     try:
-        found = await _lookup(vol, ip, first << log, last << log)
-        await _transfer(vol, _plan(vol, pfn, found))
+        with lockdep.holding(FOLIO_LOCKED):
+            found = await _lookup(vol, ip, first << log, last << log)
+            await _transfer(vol, _plan(vol, pfn, found))
         own = 0 if ip.flags2 & L.DIFLAG2_REFLINK else MAPPED
         _mark_read(vol, pfn, found, own)
     finally:

@@ -14,10 +14,11 @@ import trio
 
 from alloc import gfp, lockdep
 from alloc.lockdep import FS_RECLAIM, Lockdep
-from fs import file, namespace, rename
+from fs import file, namespace, rename, truncate
 from fs.cache.inode import Inode
 from fs.front.options import parse
 from fs.log.transaction import Transaction
+from fs.session import task_tree
 from fs.volume import LOCK_ORDER, Volume
 from tests import support
 from tests.conftest import AllowLogs
@@ -50,7 +51,7 @@ async def test_ordinary_use_is_in_the_documented_order(dep: Lockdep, image: Path
         await file.read(vol, ip, 0, 9000)
         await vol.flusher.sync()
         await rename.rename(vol, root, b"file", there, b"moved", 0)
-        await file.truncate(vol, ip, 5000)
+        await truncate.truncate(vol, ip, 5000)
         with dep.holding(FS_RECLAIM):
             await vol.flush_metadata()
         vol.inodes.put(there)
@@ -59,6 +60,7 @@ async def test_ordinary_use_is_in_the_documented_order(dep: Lockdep, image: Path
     seen = set(dep.orders())
     assert {("rename", "iolock"), ("ilock", "space"), ("iolock", FS_RECLAIM)} <= seen
     assert {("ilock", "buf"), ("space", "buf"), ("iolock", "metadata")} <= seen
+    assert {("iolock", "folio"), ("iolock", "writeback"), ("writeback", "ilock")} <= seen
     print(f"\n  lockdep: {len(seen)} orders: {sorted(seen)}")
 
 
@@ -105,6 +107,30 @@ async def test_locks_turned_around_are_caught(
     assert len(dep.reports) == 2
     assert "space, then ilock" in dep.reports[1]
     assert "lock_space" in dep.reports[1]
+
+
+async def test_waiting_for_write_back_under_the_ilock_is_caught(
+    dep: Lockdep, image: Path, allow_logs: AllowLogs
+) -> None:
+    """Write-back needs the ILOCK to end; here nothing is under write-back."""
+    allow_logs("possible circular locking")
+    async with opened(image) as vol, a_file(vol) as ip:
+        await write_some(vol, ip)
+        await truncate.drop_folios(vol, ip, 0)
+        assert dep.reports == []
+        async with vol.ilocks.locked(ip.handle, shared=True):
+            await truncate.drop_folios(vol, ip, 0)
+    (report,) = dep.reports
+    assert "ilock, then writeback" in report
+    assert "writeback, then ilock" in report
+    assert "_map" in report
+
+
+async def test_a_dump_says_what_tasks_hold(dep: Lockdep, image: Path) -> None:
+    async with opened(image) as vol, a_file(vol) as ip, vol.iolock(ip):
+        me = trio.lowlevel.current_task()
+        assert f"(holds iolock of {ip.ino})" in task_tree(me)[0]
+    assert "holds" not in task_tree(me)[0]
 
 
 async def test_a_lock_got_by_trying_or_from_a_lane_is_held(
