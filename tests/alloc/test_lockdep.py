@@ -179,6 +179,19 @@ async def test_a_dropped_scope_is_caught_without_pressure(dep: Lockdep, where: s
     arena.close()
 
 
+async def test_cleaning_that_needs_cleaning_is_caught(dep: Lockdep) -> None:
+    arena = Arena(SMALL_BYTES)
+    with held(dep, FS_RECLAIM):
+        with gfp.memalloc():
+            arena.put_folio(await arena.alloc_folio(0))
+        assert dep.reports == []
+        arena.put_folio(await arena.alloc_folio(0))
+    (report,) = dep.reports
+    assert "fs_reclaim is held and fs_reclaim is wanted" in report
+    assert "alloc_folio" in report
+    arena.close()
+
+
 class Locking:
     """A shrinker that waits for a lock, which none may."""
 
