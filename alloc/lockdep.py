@@ -140,8 +140,13 @@ class Lockdep:
         return [str(held) for held in self._held.get(task, ())]
 
     def orders(self) -> list[tuple[str, str]]:
-        """Every order seen: (held, wanted)."""
-        return [(before, after) for before, found in self._orders.items() for after in found]
+        """Every order seen, not only declared: (held, wanted)."""
+        return [
+            (order.before, order.after)
+            for found in self._orders.values()
+            for order in found.values()
+            if not order.declared
+        ]
 
     def forget_tasks(self) -> None:
         """Tasks that ended by an error may have left locks behind; orders stay."""

@@ -223,7 +223,7 @@ async def test_shrinkers_run_under_reclaim(dep: Lockdep, flags: int, found: int)
 def test_declared_orders_hold_at_first_sight(dep: Lockdep) -> None:
     dep.declare("a", "b", "c")
     dep.declare("a", "b", "c")
-    assert sorted(dep.orders()) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert dep.orders() == [], "nobody was seen"
     dep.took("c")
     dep.wants("a")
     assert "by declaration" in dep.reports[0]

@@ -6,7 +6,8 @@ by the order, not by a wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,19 @@ import trio
 
 from alloc import gfp, lockdep
 from alloc.lockdep import FS_RECLAIM, Lockdep
-from fs import file, namespace, rename, truncate
+from alloc.page import LOCKED
+from fs import file, mapread, namespace, rename, truncate
+from fs.cache import readahead
 from fs.cache.inode import Inode
+from fs.device.base import Views
+from fs.front import laneslow
 from fs.front.options import parse
 from fs.log.transaction import Transaction
 from fs.session import task_tree
 from fs.volume import LOCK_ORDER, Volume
 from tests import support
 from tests.conftest import AllowLogs
-from tests.fs.imagefiles import a_file, opened
+from tests.fs.imagefiles import SlowImage, a_file, opened
 
 
 @pytest.fixture
@@ -64,15 +69,109 @@ async def test_ordinary_use_is_in_the_documented_order(dep: Lockdep, image: Path
     print(f"\n  lockdep: {len(seen)} orders: {sorted(seen)}")
 
 
+async def test_each_operation_wants_what_it_may_wait_for(dep: Lockdep, image: Path) -> None:
+    """Under a lock of the test's own each shows as an order, though nothing is waited for."""
+    numbers = itertools.count()
+
+    async def wanted(work: Awaitable[object]) -> set[str]:
+        name = f"test {next(numbers)}"
+        with dep.holding(name):
+            await work
+        return {after for before, after in dep.orders() if before == name}
+
+    async with opened(image) as vol, a_file(vol) as ip:
+        root = await vol.inodes.get(vol.geo.root_ino)
+        there = await namespace.mkdir(vol, root, b"there", 0o755, 0, 0)
+        await write_some(vol, ip)
+        assert "iolock" in await wanted(file.read(vol, ip, 0, 1))
+        assert "iolock" in await wanted(file.write(vol, ip, 0, b"x"))
+        assert await wanted(mapread.read(vol, ip, 0, 1)) == {"ilock"}
+        assert await wanted(vol.admit("test")) == {"metadata"}
+        assert await wanted(vol.pages.dirty.balance(1)) == {FS_RECLAIM}
+        assert await wanted(vol.inodes.get(ip.ino)) == {"inode load"}
+        vol.inodes.put(ip)
+        assert {"inode flush", "buf writer"} <= await wanted(vol.flush_metadata())
+        assert {"rename", "iolock"} <= await wanted(
+            rename.rename(vol, root, b"file", there, b"moved")
+        )
+        pfn = vol.pages.find(ip.handle, 0)
+        assert await wanted(vol.pages.wait(pfn, LOCKED)) == {"folio"}
+        assert await wanted(truncate.drop_folios(vol, ip, 0)) == {"folio", "writeback"}
+        await truncate.truncate(vol, ip, 100_000)
+        assert "folio" in await wanted(readahead.fill(vol, ip, 65536, 69632)), "also for a hole"
+        assert "writeback" in await wanted(truncate.write_out(vol, ip, 0, 4096))
+        vol.inodes.put(there)
+        vol.inodes.put(root)
+    assert dep.reports == []
+
+
+class Watched(SlowImage):
+    """An image that notes what the running task holds when it reads and writes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.held: dict[str, set[str]] = {"read": set(), "write": set()}
+
+    def _note(self, what: str) -> None:
+        names = [lock.split(" of ")[0] for lock in lockdep.held_by(trio.lowlevel.current_task())]
+        self.held[what].add(", ".join(names))
+
+    async def read(self, offset: int, views: Views) -> None:
+        self._note("read")
+        await super().read(offset, views)
+
+    async def write(self, offset: int, views: Views) -> None:
+        self._note("write")
+        await super().write(offset, views)
+
+
+async def test_who_transfers_holds_what_others_would_wait_for(dep: Lockdep, image: Path) -> None:
+    device = Watched(image)
+    async with Volume.open(device, 16 << 20) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, b"x" * 9000)
+        device.held["write"].clear()
+        vol.flusher.clean_some()
+        done = vol._metadata_done
+        while vol.pages.dirty.nr_dirty or vol.pages.dirty.nr_writeback:
+            await trio.sleep(0.001)
+        assert device.held["write"] == {"writeback"}
+        vol.wake_metadata()
+        await done.wait()
+        assert device.held["write"] == {"writeback", "fs_reclaim, metadata, buf writer"}
+        await truncate.drop_folios(vol, ip, 0)
+        device.held["read"].clear()
+        await file.read(vol, ip, 0, 9000)
+        assert device.held["read"] == {"iolock, folio"}
+        await truncate.drop_folios(vol, ip, 0)
+        device.held["read"].clear()
+        await file.write(vol, ip, 10, b"x")
+        assert device.held["read"] == {"iolock, folio"}
+    device.close()
+    async with Volume.open(again := Watched(image), 16 << 20) as vol:
+        again.held["read"].clear()
+        async with a_file(vol):
+            pass
+        assert "inode load, buf" in again.held["read"]
+    again.close()
+    seen = set(dep.orders())
+    assert {(FS_RECLAIM, "writeback"), (FS_RECLAIM, "inode flush")} <= seen
+    assert {("metadata", "inode flush"), ("metadata", "buf writer")} <= seen
+
+
+@pytest.mark.parametrize("cleaned", [True, False], ids=["cleaned", "nobody cleaned yet"])
 async def test_a_transaction_without_its_scope_is_caught(
-    dep: Lockdep, image: Path, allow_logs: AllowLogs, monkeypatch: pytest.MonkeyPatch
+    dep: Lockdep,
+    image: Path,
+    allow_logs: AllowLogs,
+    monkeypatch: pytest.MonkeyPatch,
+    cleaned: bool,
 ) -> None:
     """Demo D2: reclaim needs the lock that the allocator's caller holds."""
     allow_logs("possible circular locking")
     async with opened(image, 64 << 20) as vol, a_file(vol) as ip:
-        await write_some(vol, ip)  # the flusher's order: under reclaim it takes the ILOCK
-        with dep.holding(FS_RECLAIM):
-            await vol.pages.write_range(ip.handle, 0, 1 << 20, integrity=True, budget=1 << 20)
+        await file.write(vol, ip, 0, b"x" * 9000)
+        if cleaned:
+            await vol.flusher.clean(ip.handle)
         assert dep.reports == []
         monkeypatch.setattr("fs.log.transaction.gfp.nofs", lambda: gfp.Scope(0))
         async with vol.transaction("careless") as tp:
@@ -83,6 +182,8 @@ async def test_a_transaction_without_its_scope_is_caught(
     assert "ilock, then fs_reclaim" in report
     assert "test_a_transaction_without_its_scope_is_caught" in report
     assert "fs_reclaim, then ilock" in report
+    assert ("flusher.py" in report) == cleaned
+    assert ("by declaration" in report) != cleaned
 
 
 async def test_locks_turned_around_are_caught(
@@ -123,7 +224,7 @@ async def test_waiting_for_write_back_under_the_ilock_is_caught(
     (report,) = dep.reports
     assert "ilock, then writeback" in report
     assert "writeback, then ilock" in report
-    assert "_map" in report
+    assert " _map" in report
 
 
 async def test_a_dump_says_what_tasks_hold(dep: Lockdep, image: Path) -> None:
@@ -151,6 +252,17 @@ async def test_a_lock_got_by_trying_or_from_a_lane_is_held(
         assert dep.held_by(me) == [f"iolock of {b.ino}"]
         vol.iolocks.release(b.handle)
         assert dep.held_by(me) == []
+
+
+async def test_a_write_that_a_lane_began_goes_on_under_its_lock(image: Path) -> None:
+    fresh = Lockdep()
+    async with opened(image) as vol, a_file(vol) as ip:
+        with lockdep.using(None):  # the lane
+            assert vol.iolocks.try_acquire(ip.handle, False)
+        with lockdep.using(fresh):
+            assert await laneslow._go_on(vol, ip, 0, memoryview(b"x" * 5000), 0) == 5000
+            assert fresh.held_by(trio.lowlevel.current_task()) == []
+    assert ("iolock", FS_RECLAIM) in fresh.orders()
 
 
 async def test_a_cancelled_waiter_holds_nothing(dep: Lockdep, image: Path) -> None:
