@@ -48,6 +48,7 @@ from alloc.page import (
     make_pages,
 )
 from alloc.policy import IRIX, Injector, Policy
+from alloc.pressure import Pressure
 from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
 from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
@@ -88,6 +89,7 @@ class Arena:
         assert self.free_pages == self.nr_pages - 1
         self.vmstat = VmStat(self.words)
         self.rcu = Rcu()
+        self.pressure = Pressure()
         self.slow = SlowPath(self)
         self.queue = self.slow.queue
         self.stalls = Stalls(self)

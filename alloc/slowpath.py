@@ -185,11 +185,8 @@ class SlowPath:
         arena.vmstat.add("alloc_waits")
         arena.vmstat.add("allocstall_normal")
         try:
-            report_at = arena.stall_seconds
-            while not ticket.value and not await self._round(ticket):
-                if arena.policy.gives_up(request.order, request.gfp):
-                    self._fail(ticket)
-                report_at = await self._sleep(ticket, report_at)
+            with arena.pressure:
+                await self._until_served(ticket, request.order)
         except BaseException:
             self.queue.leave(ticket)
             if ticket.value:
@@ -198,6 +195,14 @@ class SlowPath:
         finally:
             self._longest = max(self._longest, trio.current_time() - ticket.since)
         return ticket.value
+
+    async def _until_served(self, ticket: Ticket, order: int) -> None:
+        arena = self._arena
+        report_at = arena.stall_seconds
+        while not ticket.value and not await self._round(ticket):
+            if arena.policy.gives_up(order, ticket.gfp):
+                self._fail(ticket)
+            report_at = await self._sleep(ticket, report_at)
 
     async def _round(self, ticket: Ticket) -> bool:
         """Everything short of sleeping; whether the ticket was served."""

@@ -25,6 +25,7 @@ import pyfuse3
 import trio
 
 from alloc import lockdep, policy
+from alloc.pressure import serves_requests
 from fs import daemon, mounts, runfile, stat, tuning, warmup
 from fs.device.image import ImageFile
 from fs.errors import UserError
@@ -139,11 +140,13 @@ class Session:
 
     async def _loop(self, session_fd: int) -> None:
         """Handle requests until the mount ends or somebody drains it."""
+        token = serves_requests.set(True)  # in every task that is started from here
         async with trio.open_nursery() as nursery:
             if self._lanes is not None:
                 nursery.start_soon(self._lanes.serve, session_fd, self._agreed)
             await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=tuning.max_tasks())
             nursery.cancel_scope.cancel()
+        serves_requests.reset(token)
 
     def _statistics(self) -> bytes:
         """What `nofailfs stat` shows."""

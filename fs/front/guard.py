@@ -47,6 +47,7 @@ class Gate:
     def __init__(self, vol: Volume, logger: logging.Logger) -> None:
         self.vol = vol
         self.logger = logger
+        self._pressure = vol.arena.pressure
         self.running: dict[int, tuple[str, int, float, Any]] = {}
         self.handled = 0
         self.failed = 0
@@ -56,6 +57,7 @@ class Gate:
 
     def enter(self, name: str, target: int, work: Any = None) -> int:
         """A request begins, handled by the coroutine `work`; returns its ticket."""
+        self._pressure.request_begins()
         ticket = next(self._serial)
         self.running[ticket] = (name, target, time.monotonic(), work)
         return ticket
@@ -63,6 +65,7 @@ class Gate:
     def leave(self, ticket: int) -> None:
         """The request ends."""
         del self.running[ticket]
+        self._pressure.request_ends()
         self._named.discard(ticket)
         self.handled += 1
 

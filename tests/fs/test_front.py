@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
 import pytest
 import trio
 
+from alloc.pressure import Pressure
 from fs.errors import Corrupt, ShutDown
 from fs.front import attrs, guard, handles
 from fs.front.atime import DAY_NS, is_due
@@ -25,6 +27,7 @@ class StubVolume:
     def __init__(self) -> None:
         self.shut_down = False
         self.reason = ""
+        self.arena = SimpleNamespace(pressure=Pressure())
 
     def shutdown(self, reason: str) -> None:
         self.shut_down, self.reason = True, reason
