@@ -44,7 +44,7 @@ from writeback.flusher import Flusher
 
 MOUNT_FAILED = 32
 SUPERBLOCK_READ = 32768  # the largest sector
-METADATA_PERIOD_S = 30  # dirty metadata goes home at least this often
+METADATA_PERIOD_S = 30.0  # dirty metadata goes home at least this often
 METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
 RESTART_S = 1.0  # between a background task's failure and its next attempt
@@ -103,6 +103,7 @@ class Volume:
         self.space_lock = LockTable("space")
         self.create_blocks = namespace.create_blocks(geo)
         self._running = 0  # transactions that are open
+        self.metadata_period_s = METADATA_PERIOD_S
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
@@ -355,7 +356,7 @@ class Volume:
     async def _metadata_writer(self) -> None:
         with gfp.memalloc():
             while True:
-                with trio.move_on_after(METADATA_PERIOD_S):
+                with trio.move_on_after(self.metadata_period_s):
                     await self._metadata_wake.wait()
                 self._metadata_wake = trio.Event()
                 written = self.bufs.counts["writes"]

@@ -23,6 +23,7 @@ import trio
 from alloc import lockdep
 
 BACKGROUND_RATIO = 10  # vm.dirty_background_ratio, percent of dirtyable memory
+PAGE_SIZE = 4096
 RATIO = 20  # vm.dirty_ratio
 RATELIMIT_PAGES = 16  # pages dirtied between two looks at the limits (Linux's floor)
 LIMIT_MIN = 32  # pages: a writer can always dirty something when nothing is dirty
@@ -34,10 +35,23 @@ COUNT_BACKGROUND = 6  # above it the flusher has work
 NR_COUNTS = 8
 
 
-def thresholds(dirtyable: int, background_ratio: int, ratio: int) -> tuple[int, int]:
-    """(background, limit) in pages, Linux's fixed point: ratios are scaled by 4096 first."""
+def thresholds(
+    dirtyable: int,
+    background_ratio: int,
+    ratio: int,
+    background_bytes: int = 0,
+    limit_bytes: int = 0,
+) -> tuple[int, int]:
+    """(background, limit) in pages, Linux's fixed point: ratios are scaled by 4096 first.
+
+    Bytes that are not 0 are instead of the ratio; memory has no room for more than it has.
+    """
     limit = (ratio * 4096 // 100) * dirtyable // 4096
     background = (background_ratio * 4096 // 100) * dirtyable // 4096
+    if limit_bytes:
+        limit = min(-(-limit_bytes // PAGE_SIZE), dirtyable)
+    if background_bytes:
+        background = -(-background_bytes // PAGE_SIZE)
     if background >= limit:
         background = limit // 2
     return background, limit
@@ -62,6 +76,8 @@ class Dirty:
         self.dirtyable = dirtyable
         self.background_ratio = background_ratio
         self.ratio = ratio
+        self.background_bytes = 0  # vm.dirty_background_bytes: instead of the ratio
+        self.limit_bytes = 0  # vm.dirty_bytes
         self.counts = np.zeros(NR_COUNTS, np.int64)
         self.wake_flusher: Callable[[], None] = lambda: None
         self.throttled = 0  # times a writer had to wait
@@ -86,7 +102,11 @@ class Dirty:
     def update(self) -> None:
         """Look at memory again and set the thresholds."""
         background, limit = thresholds(
-            max(self.dirtyable(), 0), self.background_ratio, self.ratio
+            max(self.dirtyable(), 0),
+            self.background_ratio,
+            self.ratio,
+            self.background_bytes,
+            self.limit_bytes,
         )
         self.limit = max(limit, LIMIT_MIN)
         self.background = max(background, LIMIT_MIN // 2)
@@ -94,6 +114,12 @@ class Dirty:
         self.counts[COUNT_BACKGROUND] = self.background
         self.counts[COUNT_FREERUN] = (self.background + self.limit) // 2
         assert self.background < self.limit
+
+    def retune(self) -> None:
+        """Ratios or bytes were changed: who may go on does, and the flusher looks at it."""
+        self.update()
+        self.admit()
+        self.poke()
 
     def over_background(self) -> bool:
         """Whether the flusher has work to do without being asked."""

@@ -16,6 +16,7 @@ The flusher's task runs with access to the memory reserve and outside the filesy
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Protocol
 
 import trio
@@ -24,7 +25,7 @@ from alloc import gfp, lockdep
 from writeback.dirty import Dirty
 from writeback.mapping import INODE_DIRTY, LISTED, Mappings
 
-PERIOD_S = 5.0  # dirty_writeback_centisecs
+PERIOD_S = 5.0  # dirty_writeback_centisecs; 0: only when somebody wakes it
 EXPIRE_S = 30.0  # dirty_expire_centisecs
 CHUNK_PAGES = 1024  # 4 MiB of one mapping, then another gets its turn
 ALL_PAGES = 1 << 60  # a budget that is none, and the last page index of any mapping
@@ -58,6 +59,8 @@ class Flusher:
         self._wakeup = trio.Event()
         self.nr_listed = 0
         self.rounds = 0
+        self.period_s = PERIOD_S
+        self.expire_s = EXPIRE_S
         dirty.wake_flusher = self.wake
         arena.register_cleaner(self.clean_some)
 
@@ -124,7 +127,7 @@ class Flusher:
         """The background task; runs until cancelled, and is cancelled only between writes."""
         with gfp.memalloc(), gfp.nofs():
             while True:
-                with trio.move_on_after(PERIOD_S):
+                with trio.move_on_after(self.period_s or math.inf):
                     await self._wakeup.wait()
                 self._wakeup = trio.Event()
                 with trio.CancelScope(shield=True):
@@ -143,8 +146,8 @@ class Flusher:
         self._dirty.admit()
 
     async def _write_expired(self) -> None:
-        """Everything in mappings that joined the list more than 30 s ago."""
-        before = int((trio.current_time() - EXPIRE_S) * 1e9)
+        """Everything in mappings that joined the list too long ago."""
+        before = int((trio.current_time() - self.expire_s) * 1e9)
         while self._first and self._mappings.state(self._first)["dirtied_when"] <= before:
             handle = self._first
             self._requeue(handle)

@@ -8,7 +8,7 @@ import trio.testing
 
 from tests.writeback import counts
 from writeback import dirty
-from writeback.dirty import LIMIT_MIN, Dirty, thresholds
+from writeback.dirty import LIMIT_MIN, NR_DIRTY, Dirty, thresholds
 
 
 def make(pages: int = 10_000) -> Dirty:
@@ -17,6 +17,24 @@ def make(pages: int = 10_000) -> Dirty:
 
 def test_golden_thresholds() -> None:
     assert thresholds(100_000, 10, 20) == (9985, 19995)
+
+
+def test_bytes_instead_of_ratios() -> None:
+    assert thresholds(100_000, 10, 20, 0, 1 << 20) == (128, 256)  # background above it: half
+    assert thresholds(100_000, 10, 20, 5000, 1 << 20) == (2, 256)
+    assert thresholds(100_000, 0, 0, 4096, 1 << 60) == (1, 100_000)  # no more than there is
+
+
+async def test_who_may_go_on_after_a_change_does() -> None:
+    dirty = Dirty(lambda: 1000)
+    dirty.counts[NR_DIRTY] = 300
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dirty.balance, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert dirty.nr_waiting == 1
+        dirty.ratio = 40
+        dirty.retune()
+    assert dirty.nr_waiting == 0
 
 
 def test_background_is_half_when_it_would_be_above() -> None:
