@@ -54,8 +54,8 @@ from alloc.reclaim import Reclaim
 from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
-from alloc.vmstat import VmStat, buddyinfo, meminfo
-from alloc.watermarks import Watermarks, watermarks
+from alloc.vmstat import VmStat, buddyinfo, meminfo, pagetypeinfo, slabinfo, zoneinfo
+from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
 
 MEMORY_MIN = 8 << 20
 SLAB_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -80,6 +80,8 @@ class Arena:
         self.marks: Watermarks = watermarks(self.nr_pages)
         self.words[W_PAGES] = self.nr_pages
         self.words[[W_MIN, W_LOW, W_HIGH]] = self.marks
+        self.watermark_scale_factor = SCALE_FACTOR
+        self.vfs_cache_pressure = 100  # percent of names and inodes that reclaim is told of
         self.buddy = Buddy(
             self.words, pages.flags, pages.order, pages.refs, pages.lru_next, pages.lru_prev
         )
@@ -246,6 +248,30 @@ class Arena:
             self.reclaim.kick()
             self.queue.nudge(everyone=not self.reclaim.kswapd_running)
 
+    def set_watermarks(self, min_free_kbytes: int, scale_factor: int) -> None:
+        """Other marks, from now on.
+
+        Raises ValueError for a `min` below a page, and if `high` would be above half of the arena.
+        """
+        if min_free_kbytes < KB_PER_PAGE:
+            raise ValueError(f"min_free_kbytes of {min_free_kbytes}: at least a page is needed")
+        marks = watermarks(self.nr_pages, scale_factor, min_free_kbytes)
+        if marks.high > self.nr_pages // 2:
+            raise ValueError(f"high mark of {marks.high} pages: the arena has {self.nr_pages}")
+        self.marks, self.watermark_scale_factor = marks, scale_factor
+        self.words[[W_MIN, W_LOW, W_HIGH]] = marks
+        if self.free_pages < marks.low:
+            self.reclaim.wake_kswapd()
+        self.kick()
+
+    @property
+    def min_free_kbytes(self) -> int:
+        return self.marks.min * KB_PER_PAGE
+
+    def vfs_count(self, objects: int) -> int:
+        """Of so many names or inodes, how many their shrinker owns up to: vfs_cache_pressure."""
+        return max(objects * self.vfs_cache_pressure // 100, min(objects, 1))
+
     # ---------------------------------------------------------------- reports
 
     @property
@@ -263,6 +289,19 @@ class Arena:
     def waiters(self) -> list[str]:
         """Who waits for memory: a line for each, oldest first. Call it on the trio thread."""
         return self.stalls.waiters()
+
+    def slabinfo(self) -> str:
+        """Objects and slabs of each cache, as /proc/slabinfo prints them."""
+        rows = ((c.name, c.size, c.nr_objects, c.nr_slabs) for c in self.slab_caches)
+        return slabinfo(rows)
+
+    def zoneinfo(self) -> str:
+        """Marks and counts of the one zone, as /proc/zoneinfo prints them."""
+        return zoneinfo(self.words, self.vmstat)
+
+    def pagetypeinfo(self) -> str:
+        """Free blocks per order and type, as /proc/pagetypeinfo prints them."""
+        return pagetypeinfo(self.words)
 
     def check(self) -> None:
         """Validate every structure; AssertionError says what is wrong.

@@ -56,6 +56,11 @@ class Reclaim:
     def unregister_shrinker(self, shrinker: Shrinker) -> None:
         self._shrinkers = [s for s in self._shrinkers if s.shrinker is not shrinker]
 
+    @property
+    def shrinkers(self) -> tuple[ShrinkerState, ...]:
+        """Who gives memory back, in the order of registration."""
+        return tuple(self._shrinkers)
+
     def register_cleaner(self, wake: Callable[[], None]) -> None:
         self._cleaners.append(wake)
 

@@ -7,17 +7,22 @@ is a snapshot of moving numbers, each of them right at some moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from alloc.page import (
     LRU_PAGES,
     LRU_STRIDE,
+    ORDER_MAX,
     ORDERS,
+    PAGE_SIZE,
     S_SLABS,
     SLAB_CACHES,
     SLAB_WORDS,
     W_FREE,
+    W_HIGH,
+    W_LOW,
     W_LRU,
+    W_MIN,
     W_NR_FREE,
     W_PAGES,
     W_PGALLOC,
@@ -108,3 +113,64 @@ def buddyinfo(words: Words) -> str:
     """/proc/buddyinfo of one arena: free blocks of each order, one line."""
     counts = (f"{int(words[W_NR_FREE + order]):6d}" for order in range(ORDERS))
     return "Node 0, zone   Normal " + " ".join(counts)
+
+
+def meminfo_text(sizes: Mapping[str, int]) -> str:
+    """Sizes in KiB as /proc/meminfo prints them."""
+    return "".join(f"{name + ':':<15} {kib:8d} kB\n" for name, kib in sizes.items())
+
+
+def vmstat_text(counts: Mapping[str, int]) -> str:
+    """Counters as /proc/vmstat prints them."""
+    return "".join(f"{name} {count}\n" for name, count in counts.items())
+
+
+SLAB_TITLE = (
+    "slabinfo - version: 2.1\n"
+    "# name            <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab>"
+    " : tunables <limit> <batchcount> <sharedfactor>"
+    " : slabdata <active_slabs> <num_slabs> <sharedavail>\n"
+)
+
+
+def slabinfo(caches: Iterable[tuple[str, int, int, int]]) -> str:
+    """/proc/slabinfo of caches given as (name, object size, objects in use, slabs).
+
+    A slab is a page and goes back when it is empty, so every one there is is active.
+    """
+    out = SLAB_TITLE
+    for name, size, objects, slabs in caches:
+        per_slab = PAGE_SIZE // size
+        out += f"{name:<17} {objects:6d} {slabs * per_slab:6d} {size:6d} {per_slab:4d} {1:4d}"
+        out += f" : tunables {0:4d} {0:4d} {0:4d} : slabdata {slabs:6d} {slabs:6d} {0:6d}\n"
+    return out
+
+
+def zoneinfo(words: Words, vmstat: VmStat) -> str:
+    """/proc/zoneinfo of one arena: its one zone, in pages."""
+    pages = int(words[W_PAGES])
+    rows = {
+        "min": int(words[W_MIN]),
+        "low": int(words[W_LOW]),
+        "high": int(words[W_HIGH]),
+        "spanned": pages,
+        "present": pages,
+        "managed": pages - 1,  # page 0 is never handed out
+    }
+    out = f"Node 0, zone   Normal\n  pages free     {int(words[W_FREE])}\n"
+    out += "".join(f"        {name:<8} {count}\n" for name, count in rows.items())
+    counters = ("nr_free_pages", "nr_inactive_file", "nr_active_file", "nr_slab")
+    return out + "".join(f"      {name:<12} {vmstat[name]}\n" for name in counters)
+
+
+def pagetypeinfo(words: Words) -> str:
+    """/proc/pagetypeinfo of one arena: all memory is of one type, and a block is the largest."""
+    orders = "".join(f"{order:6d} " for order in range(ORDERS))
+    counts = "".join(f"{int(words[W_NR_FREE + order]):6d} " for order in range(ORDERS))
+    free = f"Node {0:4d}, zone {'Normal':>8}, type {'Unmovable':>12} {counts}"
+    return (
+        f"Page block order: {ORDER_MAX}\nPages per block:  {1 << ORDER_MAX}\n\n"
+        f"{'Free pages count per migrate type at order':<43}{orders}\n{free}\n\n"
+        f"{'Number of blocks type':<23}{'Unmovable':>12}\n"
+        f"Node {0:d}, zone {'Normal':>8} {int(words[W_PAGES]) >> ORDER_MAX:12d}\n"
+    )

@@ -305,7 +305,7 @@ class DentryCache:
     # -- shrinker and figures -------------------------------------------------------------------
 
     def count_objects(self) -> int:
-        return int(self._head[H_COUNT])
+        return self._arena.vfs_count(int(self._head[H_COUNT]))
 
     def scan_objects(self, nr: int, gfp_flags: int) -> int:
         """Drop up to `nr` cold entries; never waits."""

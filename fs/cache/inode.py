@@ -398,7 +398,7 @@ class InodeCache:
         self._slab.free(handle)
 
     def count_objects(self) -> int:
-        return int(self._head[records.H_IDLE])
+        return self._arena.vfs_count(int(self._head[records.H_IDLE]))
 
     def scan_objects(self, nr: int, gfp_flags: int) -> int:
         """Free idle clean inodes from the cold end, looking at up to `nr`; never waits."""

@@ -120,9 +120,13 @@ def entry_out(reply: pyfuse3.EntryAttributes) -> bytes:
 
 def statx_out(vol: Volume, ip: Inode) -> bytes:
     """struct fuse_statx_out: the attributes with the birth time and the inode's flags."""
-    reply = entry(vol, ip, ip.ino)
     shown = sum(bit for flag, bit in STATX_FLAGS if ip.flags & flag)
-    stamps = (reply.st_atime_ns, ip.crtime - EPOCH_NS, reply.st_ctime_ns, reply.st_mtime_ns)
+    return statx_bytes(entry(vol, ip, ip.ino), ip.crtime - EPOCH_NS, shown)
+
+
+def statx_bytes(reply: pyfuse3.EntryAttributes, birth_ns: int, shown: int) -> bytes:
+    """struct fuse_statx_out; `shown` are the attributes that statx(2) is to see."""
+    stamps = (reply.st_atime_ns, birth_ns, reply.st_ctime_ns, reply.st_mtime_ns)
     times = (word for stamp in stamps for word in divmod(stamp, 10**9))
     return STATX_HEAD.pack(int(CACHE_SECONDS), 0, 0) + STATX.pack(
         *(STATX_MASK, reply.st_blksize, shown, reply.st_nlink, reply.st_uid, reply.st_gid),

@@ -14,6 +14,7 @@ HANDLE_MASK = (1 << HANDLE_BITS) - 1
 WRITE = 1 << 32  # opened for writing
 DATA_SYNC = 1 << 33  # O_DSYNC: a write returns when its data are on the device
 FULL_SYNC = 1 << 34  # O_SYNC: and the inode as well
+APART = 1 << 36  # no inode behind it: fs/front/procdir.py's
 ORDINARY = 1 << 35  # opened by an ordinary user, whose writes take set-id bits away
 
 

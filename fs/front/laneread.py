@@ -37,7 +37,7 @@ from fs.cache.incore import (
 from fs.cache.mapping import W_FLAGS
 from fs.cache.radix import ANY, R_LOCK, find_entry, next_entry
 from fs.front.atime import DAY_NS
-from fs.front.handles import HANDLE_MASK
+from fs.front.handles import APART, HANDLE_MASK
 from fs.front.lanemap import (
     is_list,
     lock_file,
@@ -66,6 +66,7 @@ from fs.front.lanestate import (
     PARK,
     R_MAP,
     R_MISS,
+    R_OPCODE,
     R_SHUTDOWN,
     R_TIMES,
     sample,
@@ -258,7 +259,10 @@ def serve_read(l):
     """Answer the READ in hand, or park it."""
     if l.me[M_LEN] < RW_ARGS_END:
         return np.int64(BROKEN)
-    handle, pos, size = u64(l, RW_FH) & HANDLE_MASK, u64(l, RW_OFFSET), u32(l, RW_SIZE)
+    fh, pos, size = u64(l, RW_FH), u64(l, RW_OFFSET), u32(l, RW_SIZE)
+    if fh & APART != 0:
+        return park(l, R_OPCODE)
+    handle = fh & HANDLE_MASK
     if l.control[C_SHUTDOWN] != 0:
         return park(l, R_SHUTDOWN)
     if pos < 0 or not lock_file(l, handle, True):

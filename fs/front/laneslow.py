@@ -20,7 +20,7 @@ import numpy as np
 
 from fs import file, xattr
 from fs.cache import readahead
-from fs.front import handles
+from fs.front import handles, procdir
 from fs.front.laneread import send
 from fs.front.lanestate import (
     ANSWERED,
@@ -59,6 +59,8 @@ class Front(Protocol):
 async def read(front: Front, msg: memoryview, slot: int) -> file.Buffer | None:
     """Finish a READ. Raises OSError: EINVAL, EIO; Corrupt, ShutDown."""
     fh, offset, size, _ = ARGS.unpack_from(msg, RW_FH)
+    if procdir.is_open(fh):
+        return front.ops.proc.read(fh, offset, size)
     vol, ip = front.vol, front.ops.opened(fh)
     vol.check_alive()
     if offset < 0:
@@ -94,9 +96,12 @@ async def write(front: Front, msg: memoryview, slot: int) -> bytes:
     Raises OSError: EFBIG, ENOSPC, EINVAL, EIO; Corrupt, ShutDown.
     """
     fh, offset, size, flags = ARGS.unpack_from(msg, RW_FH)
-    vol, ip, place = front.vol, front.ops.opened(fh), front.slots[slot]
+    vol, place = front.vol, front.slots[slot]
     payload = int(place[S_PAYLOAD]) << 12 or int(place[S_ADDR]) + RW_ARGS_END
     data = vol.pages.view[payload : payload + size]
+    if procdir.is_open(fh):
+        return WRITTEN.pack(await front.ops.proc.write(fh, bytes(data)))
+    ip = front.ops.opened(fh)
     if place[S_LOCKED]:
         done = await _go_on(vol, ip, offset, data, int(place[S_DONE]))
     else:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyfuse3
 
 from fs import copyrange, fallocate, file, ioctl, seek, tmpfile
-from fs.front import attrs, handles, laneslow, wire
+from fs.front import attrs, handles, laneslow, procdir, wire
 from fs.front.guard import error_of
 from fs.front.laneslow import Front
 from fs.front.lanestate import S_FD, S_LEN, SLOT_BYTES
@@ -264,7 +264,11 @@ async def _open(front: Front, msg: memoryview, slot: int) -> bytes:
 
 
 async def _statx(front: Front, msg: memoryview, slot: int) -> bytes:
-    async with front.ops.using(header(msg).node) as ip:
+    node = header(msg).node
+    if procdir.owns(node):
+        reply = front.ops.proc.attributes(node)
+        return attrs.statx_bytes(reply, reply.st_ctime_ns, 0)
+    async with front.ops.using(node) as ip:
         return attrs.statx_out(front.vol, ip)
 
 

@@ -28,10 +28,11 @@ import pyfuse3
 from alloc.policy import AllocationFailed
 from fs import file, links, namespace, xattr
 from fs.cache.inode import Inode
-from fs.front import acl, attrs, handles
+from fs.front import acl, attrs, handles, procdir
 from fs.front.atime import AccessTimes
 from fs.front.guard import Gate, guarded
 from fs.front.options import MountOptions
+from fs.front.procdir import ProcDir
 from fs.front.statfs import statfs
 from fs.xfs import dir as directory
 from fs.xfs import layout as L
@@ -64,6 +65,7 @@ class Operations(pyfuse3.Operations):
         self._sync = handles.FULL_SYNC if options.sync else 0
         self.dirsync = options.sync or options.dirsync
         self.times = AccessTimes(vol, options.atime, directories=options.diratime)
+        self.proc = ProcDir(vol, options.procdir)
         self.statistics: Callable[[], bytes] | None = None  # what STATISTICS reads
         self._root: Inode | None = None
 
@@ -72,6 +74,7 @@ class Operations(pyfuse3.Operations):
     async def start(self) -> None:
         """Pin the root: the kernel knows it without having looked it up."""
         self._root = await self.vol.inodes.get(self.vol.geo.root_ino)
+        await self.proc.start(self._root)
 
     def stop(self) -> None:
         """The kernel is gone and forgot to say so: drop every lookup count."""
@@ -100,6 +103,8 @@ class Operations(pyfuse3.Operations):
                 self.vol.inodes.put(ip)
 
     async def _inode(self, ino: int) -> Inode:
+        if procdir.owns(ino):
+            raise OSError(errno.EPERM, "not in the directory of reports")
         ip = self.vol.inodes.find(ino)
         if ip is not None:
             return ip
@@ -109,7 +114,12 @@ class Operations(pyfuse3.Operations):
             raise OSError(errno.ESTALE, f"inode {ino} is gone") from None
 
     def opened(self, fh: int) -> Inode:
-        """The inode of an open file, which its handle keeps in core."""
+        """The inode of an open file, which its handle keeps in core.
+
+        Raises OSError(EINVAL) for a report: what reports can do, their handlers ask for first.
+        """
+        if procdir.is_open(fh):
+            raise OSError(errno.EINVAL, "not of a report")
         return Inode(self.vol.inodes, handles.inode_handle(fh))
 
     def looked_up(self, ip: Inode) -> pyfuse3.EntryAttributes:
@@ -121,7 +131,7 @@ class Operations(pyfuse3.Operations):
 
     def forgotten(self, node: int, count: int) -> None:
         """The kernel takes back so many lookups of an inode."""
-        if node != pyfuse3.ROOT_INODE:
+        if node != pyfuse3.ROOT_INODE and not procdir.owns(node):
             self.vol.inodes.forget(node, count)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -133,6 +143,8 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        if self.proc.claims(parent_inode, name):
+            return self.proc.lookup(parent_inode, name)
         async with self.using(parent_inode) as dp:
             if name == b".":
                 return self.looked_up(self.vol.inodes.hold(dp.handle))
@@ -191,6 +203,7 @@ class Operations(pyfuse3.Operations):
             await self._settle(dp)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self.proc.refuse(parent_inode, name)
         async with self.using(parent_inode) as dp:
             await namespace.rmdir(self.vol, dp, name)
             await self._settle(dp)
@@ -204,6 +217,8 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
+        self.proc.refuse(parent_inode_old, name_old)
+        self.proc.refuse(parent_inode_new, name_new)
         async with self.using(parent_inode_old, parent_inode_new) as (odp, ndp):
             owner = (ctx.uid, ctx.gid)  # of what WHITEOUT leaves behind
             await namespace.rename(self.vol, odp, name_old, ndp, name_new, flags, *owner)
@@ -241,6 +256,8 @@ class Operations(pyfuse3.Operations):
     # -- attributes -----------------------------------------------------------------------------
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if procdir.owns(inode):
+            return self.proc.attributes(inode)
         async with self.using(inode) as ip:
             return attrs.entry(self.vol, ip, ip.ino)
 
@@ -252,6 +269,8 @@ class Operations(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        if procdir.owns(inode):
+            return self._size_of_report(inode, fields)
         async with self.using(inode) as ip:
             if fields.update_size:
                 self.check_open(ip, os.O_WRONLY | os.O_TRUNC)
@@ -263,6 +282,14 @@ class Operations(pyfuse3.Operations):
                 if fields.update_mode and self.enable_acl:
                     await acl.follow_mode(self.vol, ip)
             return attrs.entry(self.vol, ip, ip.ino)
+
+    def _size_of_report(
+        self, inode: int, fields: pyfuse3.SetattrFields
+    ) -> pyfuse3.EntryAttributes:
+        """Cutting a report or a tunable is how a shell begins to write: it changes nothing."""
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise OSError(errno.EPERM, "the attributes of reports are fixed")
+        return self.proc.attributes(inode)
 
     async def _lose_privileges(
         self,
@@ -305,6 +332,8 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         if name == STATISTICS and inode == pyfuse3.ROOT_INODE and self.statistics is not None:
             return self.statistics()
+        if procdir.owns(inode):
+            raise OSError(pyfuse3.ENOATTR, "no attributes")
         async with self.using(inode) as ip:
             if not ip.forkoff:  # the kernel asks before each write; answer at once
                 xattr.stored_as(name)
@@ -312,6 +341,8 @@ class Operations(pyfuse3.Operations):
             return await xattr.get(self.vol, ip, name)
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        if procdir.owns(inode):
+            return []
         async with self.using(inode) as ip:
             return await xattr.names(self.vol, ip) if ip.forkoff else []
 
@@ -339,6 +370,8 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=fh, direct_io=self.direct, keep_cache=not self.direct)
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if procdir.owns(inode):
+            return self.proc.open(inode)
         async with self.using(inode) as ip:
             self.check_open(ip, flags)
             if flags & os.O_TRUNC and handles.is_writing(flags):
@@ -358,12 +391,16 @@ class Operations(pyfuse3.Operations):
             return info, self.looked_up(ip)
 
     async def read(self, fh: int, off: int, size: int) -> Any:
+        if procdir.is_open(fh):
+            return self.proc.read(fh, off, size)
         ip = self.opened(fh)
         if off < ip.size:
             await self.times.touch(ip)
         return await file.read(self.vol, ip, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        if procdir.is_open(fh):
+            return await self.proc.write(fh, buf)
         ip = self.opened(fh)
         # With direct I/O the kernel leaves set-id bits to us; pyfuse3 does not say who writes.
         kill = self.direct and bool(fh & handles.ORDINARY)
@@ -381,7 +418,10 @@ class Operations(pyfuse3.Operations):
 
     def closed(self, fh: int) -> None:
         """Nobody has this file or directory open any more: drop the handle's reference."""
-        self.vol.inodes.put(self.opened(fh))
+        if procdir.is_open(fh):
+            self.proc.close(fh)
+        else:
+            self.vol.inodes.put(self.opened(fh))
 
     async def release(self, fh: int) -> None:
         self.closed(fh)
@@ -389,6 +429,8 @@ class Operations(pyfuse3.Operations):
     # -- directories ----------------------------------------------------------------------------
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        if procdir.owns(inode):
+            return int(self.proc.open(inode).fh)
         async with self.using(inode) as dp:
             return handles.pack(self.vol.inodes.hold(dp.handle).handle, os.O_RDONLY)
 
@@ -399,6 +441,9 @@ class Operations(pyfuse3.Operations):
         await file.fsync(self.vol, self.opened(fh), datasync)
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if procdir.is_open(fh):
+            self._list_reports(fh, start_id, token)
+            return
         dp, cookie, told = self.opened(fh), start_id, 0
         try:
             while True:
@@ -415,6 +460,12 @@ class Operations(pyfuse3.Operations):
                 raise
         finally:
             await self.times.touch(dp, directory=True)
+
+    def _list_reports(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for cookie, name, node in self.proc.entries(fh, start_id):
+            reply = self.proc.attributes(node)
+            if not pyfuse3.readdir_reply(token, name, reply, cookie):
+                return
 
     async def _tell(self, token: pyfuse3.ReaddirToken, name: bytes, ino: int, cookie: int) -> bool:
         """Put one entry into the reply; False if it is full. Counts a lookup if it went in."""

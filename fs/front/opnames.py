@@ -53,6 +53,8 @@ def serve_now(front: Front, slot: int) -> bool:
 
 def _lookup(front: Front, dp: Inode, msg: memoryview, request: Request) -> bytes | None:
     name = opcodes.name_at(msg)
+    if front.ops.proc.claims(request.node, name):
+        return None
     known = namespace.look_now(front.vol, dp, name) if len(name) <= 255 else None
     if known is None:
         return None

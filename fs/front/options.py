@@ -14,6 +14,7 @@ imports stay free of numba: the parent of the daemon, `umount`, `info` and `doct
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -29,6 +30,7 @@ TRANSPORTS = ("device", "uring")
 LATENCY_MODES = ("auto", "on", "off")
 ATIME_POLICIES = ("relatime", "strictatime", "noatime")
 LANES_MOST = 16
+NAME_MAX = 255
 MAX_WRITE_SHARE = 4  # of memory, at most, is lanes' room for writes
 PLACES_LEAST = 2  # requests of each queue, with transport=uring
 MAX_WRITE_LEAST, MAX_WRITE_MOST = 128 << 10, 4 << 20
@@ -79,6 +81,7 @@ class MountOptions:
     latency: str = "auto"
     max_background: int = 64
     read_ahead_kb: int = 1024
+    procdir: str = ".nofail"  # name of the directory of reports at the root; empty: none
 
     @property
     def is_scratch(self) -> bool:
@@ -178,6 +181,14 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _procdir(text: str) -> str:
+    if text == "off":
+        return ""
+    if not 0 < len(os.fsencode(text)) <= NAME_MAX or "/" in text or text in (".", ".."):
+        raise UserError(f"procdir={text} is not a name for a directory, or off", EXIT_USAGE)
+    return text
+
+
 def _flag(text: str) -> bool:
     if text not in ("0", "1", "no", "yes"):
         raise UserError(f"'{text}' is not yes or no", EXIT_USAGE)
@@ -238,6 +249,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "lock_timeout": ("lock_timeout", _seconds),
     "max_background": ("max_background", _count),
     "read_ahead_kb": ("read_ahead_kb", _count),
+    "procdir": ("procdir", _procdir),
     "foreground": ("foreground", _flag),
     "debug": ("debug", _flag),
 }

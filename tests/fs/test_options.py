@@ -92,6 +92,7 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
         *("transport=", "transport=pigeon"),
         *("latency=0", "latency=fast"),
         *("policy=", "policy=bsd", "policy=inject", "policy=inject:p=2", "policy=linux:p=1"),
+        *("procdir=", "procdir=.", "procdir=..", "procdir=a/b", "procdir=" + "x" * 256),
     ],
 )
 def test_values_are_checked(word: str) -> None:
@@ -122,6 +123,13 @@ def test_latency() -> None:
         *("auto", "on", "off")
     ]
     assert "latency=off" in grammar.describe(parse("latency=off"))
+
+
+def test_the_directory_of_reports() -> None:
+    assert parse().procdir == ".nofail"
+    assert parse("procdir=off").procdir == ""
+    assert parse("procdir=" + "x" * 255).procdir == "x" * 255
+    assert "procdir=stats" in grammar.describe(parse("procdir=stats"))
 
 
 def test_a_remount_gets_back_what_the_mount_table_shows() -> None:

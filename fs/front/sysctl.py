@@ -1,0 +1,183 @@
+"""Tunables of a mount, under the names and with the meaning that they have below /proc/sys.
+
+Each is one number. Writing it takes effect at once; what is out of range, or would leave the memory
+manager without memory, is EINVAL and changes nothing. Of a ratio and its bytes the one that was
+written last holds, and the other reads 0, as in Linux.
+
+What has no effect here has no name here. Trio thread only.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from alloc.gfp import KERNEL
+from alloc.shrinker import ShrinkerState
+from alloc.watermarks import SCALE_FACTOR_MOST
+
+if TYPE_CHECKING:
+    from fs.volume import Volume
+
+TEXT_MOST = 64  # bytes of a number with blanks around it
+PAGE_SIZE = 4096
+INT_MOST = (1 << 31) - 1
+BYTES_MOST = (1 << 63) - 1
+SYNCD_LEAST, SYNCD_MOST = 100, 720000  # xfssyncd_centisecs
+PAGE_CACHE, NAMES = "page_cache", ("dentry", "xfs_inode")
+DROP_PAGES, DROP_SLAB, DROP_QUIETLY = 1, 2, 4
+DROP_PASSES = 16
+
+
+class Tunable(NamedTuple):
+    """One number: how to read and to set it, and between what it must be."""
+
+    read: Callable[[], int]
+    write: Callable[[int], Awaitable[None] | None]
+    least: int
+    most: int
+
+
+def parse(data: bytes, tunable: Tunable) -> int:
+    """The number in what was written. Raises OSError(EINVAL) if it is none, or out of range."""
+    word = data.strip(b" \t\n\0")
+    if len(data) > TEXT_MOST or not word.isdigit():
+        raise OSError(errno.EINVAL, "not a number")
+    value = int(word)
+    if not tunable.least <= value <= tunable.most:
+        raise OSError(errno.EINVAL, f"{value} is not from {tunable.least} to {tunable.most}")
+    return value
+
+
+async def write(tunable: Tunable, data: bytes) -> None:
+    """Set a tunable to the number in `data`. Raises OSError(EINVAL)."""
+    value = parse(data, tunable)
+    try:
+        work = tunable.write(value)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error)) from error
+    if work is not None:
+        await work
+
+
+def tunables(vol: Volume) -> dict[str, Tunable]:
+    """All of a volume's, by their paths below /proc/sys."""
+    return {**_marks(vol), **_dirty(vol), **_periods(vol), **_caches(vol)}
+
+
+def _marks(vol: Volume) -> dict[str, Tunable]:
+    arena, dirty = vol.arena, vol.pages.dirty
+
+    def set_min(kbytes: int) -> None:
+        arena.set_watermarks(kbytes, arena.watermark_scale_factor)
+        dirty.retune()
+
+    def set_scale(factor: int) -> None:
+        arena.set_watermarks(arena.min_free_kbytes, factor)
+        dirty.retune()
+
+    return {
+        "vm/min_free_kbytes": Tunable(lambda: arena.min_free_kbytes, set_min, 0, INT_MOST),
+        "vm/watermark_scale_factor": Tunable(
+            lambda: arena.watermark_scale_factor, set_scale, 1, SCALE_FACTOR_MOST
+        ),
+    }
+
+
+def _dirty(vol: Volume) -> dict[str, Tunable]:
+    dirty = vol.pages.dirty
+
+    def setter(field: str, other: str) -> Callable[[int], None]:
+        def change(value: int) -> None:
+            setattr(dirty, field, value)
+            setattr(dirty, other, 0)
+            dirty.retune()
+
+        return change
+
+    return {
+        "vm/dirty_background_bytes": Tunable(
+            lambda: dirty.background_bytes,
+            setter("background_bytes", "background_ratio"),
+            *(1, BYTES_MOST),
+        ),
+        "vm/dirty_background_ratio": Tunable(
+            lambda: dirty.background_ratio,
+            setter("background_ratio", "background_bytes"),
+            *(0, 100),
+        ),
+        "vm/dirty_bytes": Tunable(
+            lambda: dirty.limit_bytes, setter("limit_bytes", "ratio"), 2 * PAGE_SIZE, BYTES_MOST
+        ),
+        "vm/dirty_ratio": Tunable(lambda: dirty.ratio, setter("ratio", "limit_bytes"), 0, 100),
+    }
+
+
+def _periods(vol: Volume) -> dict[str, Tunable]:
+    flusher = vol.flusher
+
+    def set_writeback(centisecs: int) -> None:
+        flusher.period_s = centisecs / 100
+        flusher.wake()
+
+    def set_expire(centisecs: int) -> None:
+        flusher.expire_s = centisecs / 100
+        flusher.wake()
+
+    def set_syncd(centisecs: int) -> None:
+        vol.metadata_period_s = centisecs / 100
+        vol.wake_metadata()
+
+    return {
+        "vm/dirty_writeback_centisecs": Tunable(
+            lambda: round(flusher.period_s * 100), set_writeback, 0, INT_MOST
+        ),
+        "vm/dirty_expire_centisecs": Tunable(
+            lambda: round(flusher.expire_s * 100), set_expire, 0, INT_MOST
+        ),
+        "fs/xfs/xfssyncd_centisecs": Tunable(
+            lambda: round(vol.metadata_period_s * 100), set_syncd, SYNCD_LEAST, SYNCD_MOST
+        ),
+    }
+
+
+def _caches(vol: Volume) -> dict[str, Tunable]:
+    arena, dropped = vol.arena, [0]
+
+    def set_pressure(percent: int) -> None:
+        arena.vfs_cache_pressure = percent
+
+    async def drop(what: int) -> None:
+        dropped[0] = what
+        if what & DROP_PAGES:
+            await _drop(vol, (PAGE_CACHE,))
+            arena.vmstat.add("drop_pagecache")
+        if what & DROP_SLAB:
+            await _drop(vol, NAMES)
+            arena.vmstat.add("drop_slab")
+        arena.kick()
+        if not what & DROP_QUIETLY:
+            vol.log.info("drop_caches: %d", what)
+
+    return {
+        "vm/drop_caches": Tunable(lambda: dropped[0], drop, 1, 7),
+        # 0 would keep names and inodes for ever, and somebody waiting for their memory as long
+        "vm/vfs_cache_pressure": Tunable(
+            lambda: arena.vfs_cache_pressure, set_pressure, 1, INT_MOST
+        ),
+    }
+
+
+async def _drop(vol: Volume, names: tuple[str, ...]) -> None:
+    """Free what of these caches is clean and unused; passes until one brings nearly nothing."""
+    for known in vol.arena.reclaim.shrinkers:
+        if known.shrinker.name not in names:
+            continue
+        for times in range(DROP_PASSES):
+            _, freed = ShrinkerState(known.shrinker, known.seeks, known.batch).shrink(0, KERNEL)
+            await trio.lowlevel.checkpoint()
+            if freed >> times <= 1:
+                break
