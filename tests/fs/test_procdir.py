@@ -12,6 +12,8 @@ import trio
 from fs import namespace
 from fs.front import handles, sysctl, wire
 from fs.front import lanestate as S
+from fs.front.operations import Operations
+from fs.front.options import MountOptions
 from fs.front.procdir import NODES, OPEN_MOST, ProcDir
 from tests import support
 from tests.fs.dirimages import opened
@@ -50,6 +52,18 @@ async def test_nodes_are_no_inodes(scratch: Path) -> None:
             with pytest.raises(OSError, match="no node") as caught:
                 call(NODES + 10_000)
             assert caught.value.errno == errno.ESTALE
+
+
+async def test_forgetting_a_report_changes_nothing(scratch: Path) -> None:
+    async with opened(support.mkfs(scratch)) as vol:
+        ops = Operations(vol, MountOptions())
+        await ops.start()
+        for node in (NODES, NODES + 3, NODES + 10_000):
+            ops.forgotten(node, 5)
+            with pytest.raises(OSError, match="not in the directory"):
+                async with ops.using(node):
+                    pass
+        ops.stop()
 
 
 async def test_open_reports_are_bounded_and_given_back(scratch: Path) -> None:

@@ -1,6 +1,6 @@
 """The directory of reports through a mount: found and not listed, formats, tunables, who may write.
 
-Everything with the lanes of the machine and with pyfuse3 alone.
+Everything with the lanes of the machine, with pyfuse3 alone, and with a kernel that caches writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPORTS = ("meminfo", "vmstat", "buddyinfo", "pagetypeinfo", "zoneinfo", "slabin
 NOBODY = 65534
 
 
-@pytest.fixture(scope="module", params=["", "lanes=0"], ids=["lanes", "pyfuse3"])
+@pytest.fixture(scope="module", params=["", "lanes=0", "cache=writeback"])
 def root(request: pytest.FixtureRequest) -> Iterator[Path]:
     with scratch_dir() as scratch:
         scratch.chmod(0o755)
