@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from alloc.arena import Arena
+from alloc.gfp import NOWAIT
 from alloc.pressure import DECAY, FIXED_1, PERIOD_NS, Pressure, fixed_power, serves_requests
 
 PERIOD_S = PERIOD_NS / 1e9
@@ -128,7 +129,7 @@ async def test_like_the_naive_worker(clock: MockClock, seed: int) -> None:
 async def test_a_task_that_waits_for_memory_is_a_stall(autojump_clock: MockClock) -> None:
     arena = Arena(8 << 20)
     held = []
-    while (pfn := arena._take_folio(0, 0)) > 0:
+    while pfn := arena.try_alloc_folio(0, NOWAIT):
         held.append(pfn)
     assert arena.pressure.totals_us() == (0, 0)
     async with trio.open_nursery() as nursery:

@@ -9,6 +9,7 @@ import pyfuse3
 import pytest
 import trio
 
+from alloc.gfp import NOWAIT
 from fs import namespace
 from fs.front import handles, sysctl, wire
 from fs.front import lanestate as S
@@ -86,12 +87,21 @@ async def test_who_waits_is_listed(scratch: Path) -> None:
     async with opened(support.mkfs(scratch), 8 << 20) as vol:
         proc, arena = ProcDir(vol, ".nofail"), vol.arena
         assert text(proc, "waiters") == ""
-        arena.reclaim.wake_kswapd = lambda: None  # type: ignore[method-assign]
-        ticket = arena.queue.join("me order:3", ("folio", 3, 0), lambda *_: 0)
-        await trio.sleep(0.11)
-        (line,) = text(proc, "waiters").splitlines()
-        assert line.startswith("me order:3 waits since 0.")
-        arena.queue.leave(ticket)
+        held = []
+        while pfn := arena.try_alloc_folio(0, NOWAIT):
+            held.append(pfn)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(arena.alloc_folio, 10)
+            await trio.sleep(0.2)
+            (line,) = text(proc, "waiters").splitlines()
+            assert "alloc_folio" in line
+            assert "order:10" in line
+            assert text(proc, "pressure/memory").startswith("some avg10=0.00 ")
+            assert not text(proc, "pressure/memory").endswith("total=0\n")
+            nursery.cancel_scope.cancel()
+        for pfn in held:
+            arena.put_folio(pfn)
+        assert text(proc, "waiters") == ""
 
 
 async def test_what_is_no_number_in_range_is_refused(scratch: Path) -> None:
