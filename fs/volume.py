@@ -111,6 +111,7 @@ class Volume:
         self._inactive_wake = trio.Event()
         self._inactive_done = trio.Event()
         self._closing = False
+        self.arena.holders = lockdep.held_by
         if lockdep.current is not None:
             lockdep.current.declare(*LOCK_ORDER)
 
