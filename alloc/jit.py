@@ -91,13 +91,22 @@ def probe(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
 
 
-def helper(function: Callable[..., Any]) -> Any:
+def inlined(function: Callable[..., Any]) -> Any:
+    """Decorate a helper whose callers shall contain it: a fast path, where a call with a tuple of
+    arrays would cost more than the work. What it does rarely belongs into another helper.
+    """
+    return helper(function, forceinline=True)
+
+
+def helper(function: Callable[..., Any], **flags: Any) -> Any:
     """Decorate a function that only kernels call.
 
     It gets no entry points for Python and C, and one specialization for all constant arguments:
     that halves the time it takes to compile the kernels.
     """
-    dispatcher: Any = numba.njit(**FLAGS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    dispatcher: Any = numba.njit(
+        **FLAGS, **flags, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
     if DISABLED:
         return dispatcher
     typed = dispatcher.get_call_template

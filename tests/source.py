@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("alloc", "writeback", "fs", "tools")
-JIT_DECORATORS = frozenset({"kernel", "helper", "probe", "intrinsic", "overload"})
+JIT_DECORATORS = frozenset({"kernel", "helper", "inlined", "probe", "intrinsic", "overload"})
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
