@@ -23,15 +23,15 @@ import numpy as np
 import trio
 from numpy.typing import DTypeLike, NDArray
 
-from alloc import buddy, check, lockdep, slab
+from alloc import buddy, check, lockdep, magazine, pcp, rows, slab
 from alloc.gfp import COSTLY_ORDER, FAILABLE, KERNEL, MEMALLOC, NOFAIL, ZERO, current_scope
 from alloc.libc import zero
 from alloc.lru import Lru
 from alloc.page import (
-    NR_WORDS,
     ORDER_MAX,
     PAGE_SHIFT,
     PAGE_SIZE,
+    S_LIMIT,
     S_OBJECTS,
     S_SHIFT,
     S_SLABS,
@@ -46,6 +46,7 @@ from alloc.page import (
     Buddy,
     Slabs,
     make_pages,
+    make_words,
 )
 from alloc.policy import IRIX, Injector, Policy
 from alloc.pressure import Pressure
@@ -58,6 +59,8 @@ from alloc.vmstat import VmStat, buddyinfo, meminfo, pagetypeinfo, slabinfo, zon
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
 
 MEMORY_MIN = 8 << 20
+REFRESH_S = 1.0
+MT = 0  # migratetype
 SLAB_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -76,12 +79,13 @@ class Arena:
         self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.mem: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = pages = make_pages(self.nr_pages)
-        self.words = np.zeros(NR_WORDS, dtype=np.int64)
+        self.words = make_words()
         self.marks: Watermarks = watermarks(self.nr_pages)
         self.words[W_PAGES] = self.nr_pages
         self.words[[W_MIN, W_LOW, W_HIGH]] = self.marks
         self.watermark_scale_factor = SCALE_FACTOR
         self.vfs_cache_pressure = 100  # percent of names and inodes that reclaim is told of
+        rows.configure(self.words, self.nr_pages, self.marks.low, 1)
         self.buddy = Buddy(
             self.words, pages.flags, pages.order, pages.refs, pages.lru_next, pages.lru_prev
         )
@@ -129,7 +133,7 @@ class Arena:
         if lockdep.current is not None:
             lockdep.current.allocates(gfp)
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        pfn: int = buddy.alloc_pages(*self.buddy, order, rights)
+        pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, MT, order, rights)
         if pfn <= 0:
             if pfn:
                 self.reclaim.wake_kswapd()
@@ -166,7 +170,7 @@ class Arena:
 
     def put_folio(self, pfn: int) -> bool:
         """Drop a reference; True when it was the last one and the folio was freed."""
-        code = buddy.put_page(*self.buddy, pfn)
+        code = pcp.put_block(*self.buddy, rows.TRIO, MT, pfn)
         if code == buddy.STILL_USED:
             return False
         assert code != buddy.NOT_ALLOCATED, f"page {pfn} is not the head of an allocated folio"
@@ -183,7 +187,10 @@ class Arena:
 
     def _take_folio(self, order: int, rights: int) -> int:
         """The jitted allocator with kswapd's wake-up; 0 when it would block."""
-        pfn: int = buddy.alloc_pages(*self.buddy, order, rights)
+        pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, MT, order, rights)
+        if pfn == 0 and rights & buddy.RIGHTS_QUEUED:
+            self.drain_all()
+            pfn = pcp.alloc_block(*self.buddy, rows.TRIO, MT, order, rights)
         if pfn < 0:
             self.reclaim.wake_kswapd()
         return abs(pfn)
@@ -219,6 +226,26 @@ class Arena:
     def slab_caches(self) -> tuple[Slab, ...]:
         return tuple(self._slab_caches.values())
 
+    # ---------------------------------------------------------------- rows
+
+    def set_lanes(self, lanes: int) -> None:
+        """How many lanes will use rows 1 and up; what is in rows goes back first."""
+        self.drain_all()
+        rows.configure(self.words, self.nr_pages, self.marks.low, 1 + lanes)
+
+    def drain_all(self) -> None:
+        """Every row's free blocks and objects go back to where all can have them."""
+        self._note_double_free(magazine.drain_rows(*self.slabs, True))
+        self.vmstat.add("drain_all_pages")
+
+    def refresh_rows(self) -> None:
+        """Once a second: rows give back what they have not used lately."""
+        self._note_double_free(magazine.drain_rows(*self.slabs, False))
+
+    @staticmethod
+    def _note_double_free(code: int) -> None:
+        assert code == buddy.FREED, "an object that came home from a magazine was free already"
+
     # ---------------------------------------------------------------- reclaim
 
     def register_shrinker(
@@ -236,14 +263,21 @@ class Arena:
 
     async def kswapd(self) -> None:
         """Background reclaim; run it in the volume's nursery, cancel it at the end."""
-        await self.reclaim.kswapd()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._refresh)
+            await self.reclaim.kswapd()
+
+    async def _refresh(self) -> None:
+        while True:
+            await trio.sleep(REFRESH_S)
+            self.refresh_rows()
 
     def kick(self) -> None:
         """Something became reclaimable (an I/O ended, a lock was dropped): waiters try again.
 
         Call it on the trio thread. Costs nothing when nobody waits.
         """
-        if self.queue or self.free_pages < self.marks.low:
+        if self.queue or self.words[W_FREE] < self.marks.low:
             self.queue.serve()
             self.reclaim.kick()
             self.queue.nudge(everyone=not self.reclaim.kswapd_running)
@@ -276,7 +310,8 @@ class Arena:
 
     @property
     def free_pages(self) -> int:
-        return int(self.words[W_FREE])
+        """Pages in nobody's hands: the buddy's and those on rows' lists."""
+        return int(self.words[W_FREE]) + rows.nr_pages_listed(self.words)
 
     def meminfo(self) -> dict[str, int]:
         """Sizes in KiB under the names of /proc/meminfo."""
@@ -331,6 +366,7 @@ class Slab:
         self.table: NDArray[Any] = arena.mem.view(dtype)
         self._at = W_SLAB + number * SLAB_WORDS
         arena.words[self._at + S_SHIFT] = self.size.bit_length() - 1
+        arena.words[self._at + S_LIMIT] = rows.magazine_limit(self.size)
         assert self.size == 1 << int(arena.words[self._at + S_SHIFT])
 
     async def alloc(self, gfp: int = KERNEL) -> int:
@@ -343,7 +379,7 @@ class Slab:
         if arena._injector is not None:
             arena._injector.look(f"slab:{self.name}", 0, gfp)
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        i: int = slab.slab_alloc(*arena.slabs, arena.mem, self.number, rights)
+        i: int = magazine.slab_alloc(*arena.slabs, arena.mem, self.number, rights, rows.TRIO)
         if i > 0:
             return i
         if i < 0:
@@ -364,14 +400,17 @@ class Slab:
 
     def _take(self, rights: int) -> int:
         arena = self.arena
-        i: int = slab.slab_alloc(*arena.slabs, arena.mem, self.number, rights)
+        i: int = magazine.slab_alloc(*arena.slabs, arena.mem, self.number, rights, rows.TRIO)
+        if i == 0 and rights & buddy.RIGHTS_QUEUED:
+            arena.drain_all()
+            i = magazine.slab_alloc(*arena.slabs, arena.mem, self.number, rights, rows.TRIO)
         if i < 0:
             arena.reclaim.wake_kswapd()
         return abs(i)
 
     def free(self, i: int) -> None:
         """Give object `i` back."""
-        code = slab.slab_free(*self.arena.slabs, self.number, i)
+        code = magazine.slab_free(*self.arena.slabs, self.number, i, rows.TRIO)
         assert code != slab.NOT_OF_THIS_CACHE, f"object {i} is not one of slab {self.name}"
         assert code != slab.FREE_ALREADY, f"object {i} of slab {self.name} is freed twice"
         if code == buddy.FREED_AND_WAITERS:
@@ -383,7 +422,9 @@ class Slab:
 
     @property
     def nr_objects(self) -> int:
-        return int(self.arena.words[self._at + S_OBJECTS])
+        """Objects in somebody's hands."""
+        words = self.arena.words
+        return int(words[self._at + S_OBJECTS]) - rows.objects_in_magazines(words, self.number)
 
     @property
     def nr_slabs(self) -> int:

@@ -7,8 +7,8 @@ for one thread only.
 
 Rules: a word that two threads may change is only touched through this module or under a spin
 lock from it; a spin lock is held for a bounded number of instructions, never across a call that
-can sleep, and locks nest in this order only: slab -> lru -> buddy. A holder may be preempted, so
-whoever spins gives up its time slice after a while.
+can sleep, and locks nest in this order only: row -> slab -> lru -> buddy. A holder may be
+preempted, so whoever spins gives up its time slice after a while.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"

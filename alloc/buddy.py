@@ -37,6 +37,7 @@ from alloc.page import (
     W_FREE,
     W_FREE_HEAD,
     W_FREED,
+    W_HIGH,
     W_LOW,
     W_LOWEST,
     W_LRU_LOCK,
@@ -263,3 +264,59 @@ def build_free_lists(words, flags, order, refs, lru_next, lru_prev):
         _push(b, pfn, size)
     words[W_FREE] = nr_pages - 1
     words[W_LOWEST] = 1
+
+
+@helper
+def take_chain(b, order, rights, nr, counted):
+    """Up to `nr` blocks in one hold of the lock: first, last and how many; 0: WOULD_BLOCK.
+
+    They are linked through lru_next and lru_prev, carry no flags and have no references. Only the
+    first goes by the rights; the others are taken while what is left is enough for everybody.
+    They are counted as handed out if they go to a caller at once.
+    """
+    first = last = taken = np.int64(0)
+    spin_lock(b.words, W_BUDDY_LOCK)
+    passes = passes_mark(b.words, order, rights)
+    while passes and taken < nr:
+        pfn = _best_fit(b, order)
+        if pfn == 0:
+            break
+        found = np.int64(b.order[pfn])
+        _unlink(b, pfn, found)
+        while found > order:
+            found -= 1
+            _push(b, pfn + (1 << found), found)
+        b.order[pfn] = order
+        b.words[W_FREE] -= 1 << order
+        b.lru_prev[pfn] = last
+        if last != 0:
+            b.lru_next[last] = pfn
+        else:
+            first = pfn
+        last = pfn
+        taken += 1
+        passes = b.words[W_FREE] - (1 << order) >= b.words[W_HIGH]
+    if counted:
+        b.words[W_PGALLOC] += taken << order
+    spin_unlock(b.words, W_BUDDY_LOCK)
+    return first, last, taken
+
+
+@helper
+def give_chain(b, first, order, counted):
+    """Free blocks of one order that are linked through lru_next, in one hold of the lock.
+
+    They are counted as given back if they come from a caller.
+    """
+    spin_lock(b.words, W_BUDDY_LOCK)
+    pfn = first
+    while pfn != 0:
+        after = np.int64(b.lru_next[pfn])
+        b.flags[pfn : pfn + (1 << order)] = 0
+        _merge_and_push(b, pfn, order)
+        b.words[W_FREE] += 1 << order
+        b.words[W_FREED] += 1
+        if counted:
+            b.words[W_PGFREE] += 1 << order
+        pfn = after
+    spin_unlock(b.words, W_BUDDY_LOCK)

@@ -19,8 +19,19 @@ from alloc.page import (
     LRU_PAGES,
     LRU_STRIDE,
     LRU_TAIL,
+    MAGAZINE_WORDS,
+    MIGRATETYPES,
     ORDERS,
+    P_COUNT,
+    P_LISTS,
+    P_LOCK,
+    P_MAGAZINES,
+    PCP,
+    PCP_ORDERS,
     RESERVED,
+    ROW_WORDS,
+    ROWS,
+    S_LIMIT,
     S_LOCK,
     S_OBJECTS,
     S_PARTIAL,
@@ -35,7 +46,10 @@ from alloc.page import (
     W_LRU,
     W_LRU_LOCK,
     W_NR_FREE,
+    W_ROWS,
     W_SLAB,
+    Z_COUNT,
+    Z_OBJECTS,
 )
 
 if TYPE_CHECKING:
@@ -46,10 +60,11 @@ def check(arena: Arena) -> None:
     """Everything. See `Arena.check`."""
     assert int(arena.words[W_BUDDY_LOCK]) == 0, "the buddy lock is held"
     assert int(arena.words[W_LRU_LOCK]) == 0, "the LRU lock is held"
-    _check_pages(arena, _check_free_lists(arena))
+    _check_pages(arena, _check_free_lists(arena), _check_rows(arena))
     _check_lru(arena)
     for slab in arena.slab_caches:
         _check_slab(arena, slab)
+        _check_magazines(arena, slab)
 
 
 def _walk(arena: Arena, head: int, what: str) -> list[int]:
@@ -84,8 +99,34 @@ def _check_free_lists(arena: Arena) -> dict[int, int]:
     return free
 
 
-def _check_pages(arena: Arena, free: dict[int, int]) -> None:
-    """Blocks, free and allocated, tile the arena."""
+def _check_rows(arena: Arena) -> set[int]:
+    """Blocks on the lists of rows."""
+    words, pages = arena.words, arena.pages
+    listed: set[int] = set()
+    for row in range(ROWS):
+        at = W_ROWS + row * ROW_WORDS
+        assert int(words[at + P_LOCK]) == 0, f"the lock of row {row} is held"
+        total = 0
+        for index in range(PCP_ORDERS * MIGRATETYPES):
+            where, order = at + P_LISTS + 2 * index, index // MIGRATETYPES
+            before, pfn = 0, int(words[where])
+            while pfn:
+                what = f"block {pfn} on list {index} of row {row}"
+                assert pfn not in listed, f"{what} is listed twice"
+                assert int(pages.flags[pfn]) == PCP, f"{what}: flags"
+                assert int(pages.order[pfn]) == order, f"{what}: order"
+                assert int(pages.refs[pfn]) == 0, f"{what} has references"
+                assert before == 0 or int(pages.lru_prev[pfn]) == before, f"{what}: back link"
+                listed.add(pfn)
+                total += 1 << order
+                before, pfn = pfn, int(pages.lru_next[pfn])
+            assert before == int(words[where + 1]), f"tail of list {index} of row {row}"
+        assert total == int(words[at + P_COUNT]), f"pages of row {row}"
+    return listed
+
+
+def _check_pages(arena: Arena, free: dict[int, int], listed: set[int]) -> None:
+    """Blocks, free, on rows' lists and allocated, tile the arena."""
     pages = arena.pages
     assert int(pages.flags[0]) == RESERVED
     pfn = 1
@@ -94,9 +135,11 @@ def _check_pages(arena: Arena, free: dict[int, int]) -> None:
         if pfn in free:
             assert not pages.flags[pfn + 1 : pfn + (1 << order)].any(), f"in free block {pfn}"
         else:
-            assert flags & HEAD, f"page {pfn} with flags {flags:#x} belongs to no block"
-            assert not flags & (BUDDY | TAIL), f"page {pfn} has flags {flags:#x}"
-            assert int(pages.refs[pfn]) > 0, f"block {pfn} is allocated without a reference"
+            used = pfn not in listed
+            what = f"page {pfn} with flags {flags:#x}"
+            assert flags & HEAD or not used, f"{what} belongs to no block"
+            assert not flags & (BUDDY | TAIL), what
+            assert not used or int(pages.refs[pfn]) > 0, f"{what} is allocated without a reference"
             tails = slice(pfn + 1, pfn + (1 << order))
             assert (pages.flags[tails] == TAIL).all(), f"tails of block {pfn}"
             assert (pages.order[tails] == order).all(), f"orders in block {pfn}"
@@ -142,3 +185,23 @@ def _check_slab(arena: Arena, slab: Slab) -> None:
     assert objects == int(words[at + S_OBJECTS]), f"objects of {slab.name}"
     listed = _walk(arena, int(words[at + S_PARTIAL]), f"partial list of {slab.name}")
     assert set(listed) == partial, f"partial list of {slab.name}"
+
+
+def _check_magazines(arena: Arena, slab: Slab) -> None:
+    """What lies in magazines is in use as far as its slab knows, and lies there once."""
+    words, pages = arena.words, arena.pages
+    limit = int(words[W_SLAB + slab.number * SLAB_WORDS + S_LIMIT])
+    seen: set[int] = set()
+    for row in range(ROWS):
+        at = W_ROWS + row * ROW_WORDS + P_MAGAZINES + slab.number * MAGAZINE_WORDS
+        count = int(words[at + Z_COUNT])
+        assert 0 <= count <= limit, f"{count} objects in a magazine of {slab.name}"
+        for i in words[at + Z_OBJECTS : at + Z_OBJECTS + count].tolist():
+            what = f"object {i} in a magazine of {slab.name}"
+            pfn, bit = divmod(i, 4096 // slab.size)
+            assert int(pages.flags[pfn]) & SLAB, f"{what}: no slab"
+            assert int(pages.mapping[pfn]) == slab.number, f"{what}: not of this cache"
+            bits = int(pages.private[pfn] if bit < 64 else pages.index[pfn])
+            assert bits >> (bit % 64) & 1 == 0, f"{what} is free as well"
+            assert i not in seen, f"{what} lies there twice"
+            seen.add(i)

@@ -45,6 +45,7 @@ ERROR = 1 << 15
 OWNER_1 = 1 << 16  # free for the owner's own use
 OWNER_2 = 1 << 17
 OWNER_3 = 1 << 18
+PCP = 1 << 19  # head of a free block on a row's list
 
 # a page that carries one of these may not be freed
 BUSY = RESERVED | BUDDY | DIRTY | WRITEBACK | LOCKED
@@ -80,7 +81,38 @@ S_PARTIAL = 1  # list of slabs with a free object
 S_SLABS = 2
 S_OBJECTS = 3
 S_SHIFT = 4  # log2 of the object size
-NR_WORDS = W_SLAB + SLAB_CACHES * SLAB_WORDS
+S_LIMIT = 5  # objects that a row keeps at most
+# words: what all rows go by
+W_PCP = W_SLAB + SLAB_CACHES * SLAB_WORDS
+W_PCP_BATCH = W_PCP  # pages
+W_PCP_HIGH_MIN = W_PCP + 1
+W_PCP_HIGH_MAX = W_PCP + 2
+W_KSWAPD = W_PCP + 3  # 1 while kswapd works
+# words: one row for the trio thread and one for each lane
+W_ROWS = W_PCP + 8
+ROWS = 17
+PCP_ORDERS = 4
+MIGRATETYPES = 3  # those that have lists in a row
+P_LOCK = 0
+P_COUNT = 1  # pages on the row's lists
+P_HIGH = 2  # pages that it may have
+P_ALLOC_FACTOR = 3  # log2 of how many batches the next refill takes
+P_FREE_COUNT = 4  # pages freed lately without an allocation in between
+P_HIGH_ORDER = 5  # 1: the last block freed was larger than a page
+P_PGALLOC = 6  # pages handed out and given back since the beginning
+P_PGFREE = 7
+P_LISTS = 8  # head and tail of each list: by order, then by type
+# of a row: a magazine for each slab cache
+P_MAGAZINES = P_LISTS + 2 * PCP_ORDERS * MIGRATETYPES
+MAGAZINE_WORDS = 16
+Z_COUNT = 0  # objects in it
+Z_USED = 1  # whether it was used since the last refresh
+Z_OBJECTS = 2
+MAGAZINE_MAX = MAGAZINE_WORDS - Z_OBJECTS
+ROW_WORDS = P_MAGAZINES + SLAB_CACHES * MAGAZINE_WORDS
+NR_WORDS = W_ROWS + ROWS * ROW_WORDS
+LINE_BYTES = 64
+assert W_ROWS % 8 == ROW_WORDS % 8 == P_MAGAZINES % 8 == 0
 
 Words = NDArray[np.int64]
 
@@ -123,6 +155,13 @@ class Slabs(NamedTuple):
     mapping: NDArray[np.uint32]
     free_low: NDArray[np.uint64]
     free_high: NDArray[np.uint64]
+
+
+def make_words() -> Words:
+    """Control words, all zero, the first at the start of a line."""
+    room = np.zeros(NR_WORDS * 8 + LINE_BYTES, dtype=np.uint8)
+    skip = -room.ctypes.data % LINE_BYTES
+    return room[skip : skip + NR_WORDS * 8].view(np.int64)
 
 
 def make_pages(nr_pages: int) -> Pages:

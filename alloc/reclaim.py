@@ -14,12 +14,13 @@ cancellation point. One pass runs at a time: a shrinker must not cause another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
 from alloc import gfp as gfp_flags
 from alloc import lockdep
-from alloc.page import W_FREE, W_HIGH, Words
+from alloc.page import W_FREE, W_HIGH, W_KSWAPD, Words
 from alloc.shrinker import PRIORITY_FIRST, Shrinker, ShrinkerState
 from alloc.vmstat import VmStat
 
@@ -205,6 +206,15 @@ class Reclaim:
             await trio.lowlevel.checkpoint()
         return True
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """While kswapd works, rows keep little (alloc/pcp.py)."""
+        self._words[W_KSWAPD] = 1
+        try:
+            yield
+        finally:
+            self._words[W_KSWAPD] = 0
+
     async def kswapd(self) -> None:
         """Background reclaim; runs until cancelled."""
         self._running += 1
@@ -213,7 +223,9 @@ class Reclaim:
                 while True:
                     await self._wake.wait()
                     self._wake, self._kicked = trio.Event(), trio.Event()
-                    if not await self._balance():
+                    with self._working():
+                        balanced = await self._balance()
+                    if not balanced:
                         # Nothing can be freed now: requests below `low` keep waking us, and
                         # each pass costs a look at everything, so let a cleaner get somewhere.
                         with trio.move_on_after(KSWAPD_BACKOFF_S):

@@ -6,9 +6,11 @@ cache's table: object i lives at byte i * size, `cache.table["field"][i]` is a f
 
 Which objects of a slab are free is a bitmap of up to 128 bits in its page descriptor (a set bit
 is a free object), so a double free is always noticed. Slabs with a free object are linked in a
-partial list; a slab that becomes empty goes back to the buddy at once. Objects come zeroed.
+partial list; a slab that becomes empty goes back to the buddy at once. Records fill their slab to
+the last byte, so there is nothing to colour it with.
 
-Each cache has its lock; it is taken before the buddy's.
+Objects leave and come back in batches: the magazines in front (alloc/magazine.py) are what others
+call. Each cache has its lock; it is taken before the buddy's.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -17,10 +19,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from alloc.atomic import count_trailing_zeros, load_acquire, mask64, spin_lock, spin_unlock
-from alloc.buddy import FREED, FREED_AND_WAITERS, RIGHTS_LOWEST, WOULD_BLOCK, give_back, take
-from alloc.jit import helper, kernel
-from alloc.libc import memset
+from alloc.atomic import count_trailing_zeros, mask64, spin_lock, spin_unlock
+from alloc.buddy import FREED, RIGHTS_LOWEST, WOULD_BLOCK, give_back, take
+from alloc.jit import helper, inlined
 from alloc.page import (
     HEAD,
     PAGE_SHIFT,
@@ -32,15 +33,11 @@ from alloc.page import (
     SLAB,
     SLAB_WORDS,
     W_SLAB,
-    W_WAITERS,
     Buddy,
-    Slabs,
 )
 
 NOT_OF_THIS_CACHE = -1
 FREE_ALREADY = -2
-
-_SLAB_ARGS = "i8[::1], u4[::1], u1[::1], i4[::1], u4[::1], u4[::1], u4[::1], u8[::1], u8[::1]"
 
 
 @helper
@@ -102,47 +99,60 @@ def _claim_bit(s, pfn):
 
 
 @helper
-def object_alloc(s, mem, cache, rights):
-    """A zeroed object's index, negated when free pages are now below `low`; or WOULD_BLOCK."""
-    at = W_SLAB + cache * SLAB_WORDS
-    shift = s.words[at + S_SHIFT]
-    spin_lock(s.words, at + S_LOCK)
-    pfn = s.words[at + S_PARTIAL]
-    below_low = False
-    if pfn == 0:
-        got = _grow(s, cache, at, rights)
-        if got == WOULD_BLOCK:
-            spin_unlock(s.words, at + S_LOCK)
-            return np.int64(WOULD_BLOCK)
-        below_low = got < 0
-        pfn = abs(got)
-    bit = _claim_bit(s, pfn)
-    if s.free_low[pfn] == 0 and s.free_high[pfn] == 0:
-        _unlink_partial(s, at, pfn)
-    s.words[at + S_OBJECTS] += 1
-    spin_unlock(s.words, at + S_LOCK)
-    index = (pfn << (PAGE_SHIFT - shift)) + bit
-    memset(mem, index << shift, 0, 1 << shift)
-    return -index if below_low else index
+def claim(s, cache, rights, out, nr):
+    """Up to `nr` objects, their indices in words[out:], content undefined; how many.
 
-
-@helper
-def object_free(s, cache, index):
-    """Give an object back: FREED, FREED_AND_WAITERS, or a negative code for a caller's bug."""
+    Negated when free pages are now below `low`; WOULD_BLOCK if there is none. A new slab is made
+    for the first only.
+    """
     at = W_SLAB + cache * SLAB_WORDS
     per_shift = PAGE_SHIFT - s.words[at + S_SHIFT]
+    n = np.int64(0)
+    below_low = False
+    spin_lock(s.words, at + S_LOCK)
+    while n < nr:
+        pfn = s.words[at + S_PARTIAL]
+        if pfn == 0:
+            if n > 0:
+                break
+            got = _grow(s, cache, at, rights)
+            if got == WOULD_BLOCK:
+                break
+            below_low = got < 0
+            pfn = abs(got)
+        s.words[out + n] = (pfn << per_shift) + _claim_bit(s, pfn)
+        if s.free_low[pfn] == 0 and s.free_high[pfn] == 0:
+            _unlink_partial(s, at, pfn)
+        n += 1
+    s.words[at + S_OBJECTS] += n
+    spin_unlock(s.words, at + S_LOCK)
+    return -n if below_low else n
+
+
+@inlined
+def fault_of(s, cache, index):
+    """FREED if an object may be freed, else what speaks against it."""
+    per_shift = PAGE_SHIFT - s.words[W_SLAB + cache * SLAB_WORDS + S_SHIFT]
     pfn = index >> per_shift
     if s.flags[pfn] & SLAB == 0 or s.mapping[pfn] != cache:
         return np.int64(NOT_OF_THIS_CACHE)
+    bit = index & ((1 << per_shift) - 1)
+    one = np.uint64(1) << np.uint64(bit & 63)
+    if (s.free_low[pfn] if bit < 64 else s.free_high[pfn]) & one != 0:
+        return np.int64(FREE_ALREADY)
+    return np.int64(FREED)
+
+
+@helper
+def _restore_one(s, cache, at, index):
+    """Under the lock: an object becomes free, its slab the buddy's if that is empty now."""
+    per_shift = PAGE_SHIFT - s.words[at + S_SHIFT]
     per_slab = 1 << per_shift
+    pfn = index >> per_shift
     bit = index & (per_slab - 1)
-    spin_lock(s.words, at + S_LOCK)
     low = s.free_low[pfn]
     high = s.free_high[pfn]
     one = np.uint64(1) << np.uint64(bit & 63)
-    if (low if bit < 64 else high) & one != 0:
-        spin_unlock(s.words, at + S_LOCK)
-        return np.int64(FREE_ALREADY)
     was_full = low == 0 and high == 0
     if bit < 64:
         low = low | one
@@ -162,23 +172,20 @@ def object_free(s, cache, index):
         s.free_high[pfn] = 0
         s.mapping[pfn] = 0
         give_back(_buddy(s), pfn)
+
+
+@helper
+def restore(s, cache, first, nr):
+    """Give the objects in words[first : first + nr] back; FREED or the last code for a bug."""
+    at = W_SLAB + cache * SLAB_WORDS
+    code = np.int64(FREED)
+    spin_lock(s.words, at + S_LOCK)
+    for i in range(first, first + nr):
+        index = s.words[i]
+        fault = fault_of(s, cache, index)
+        if fault < 0:
+            code = fault
+        else:
+            _restore_one(s, cache, at, index)
     spin_unlock(s.words, at + S_LOCK)
-    if load_acquire(s.words, W_WAITERS) > 0:
-        return np.int64(FREED_AND_WAITERS)
-    return np.int64(FREED)
-
-
-@kernel(f"i8({_SLAB_ARGS}, u1[::1], i8, i8)")
-def slab_alloc(
-    words, flags, order, refs, lru_next, lru_prev, mapping, low, high, mem, cache, rights
-):
-    """See `object_alloc`. The slab fast path: one call."""
-    s = Slabs(words, flags, order, refs, lru_next, lru_prev, mapping, low, high)
-    return object_alloc(s, mem, cache, rights)
-
-
-@kernel(f"i8({_SLAB_ARGS}, i8, i8)")
-def slab_free(words, flags, order, refs, lru_next, lru_prev, mapping, low, high, cache, index):
-    """See `object_free`."""
-    s = Slabs(words, flags, order, refs, lru_next, lru_prev, mapping, low, high)
-    return object_free(s, cache, index)
+    return code

@@ -264,6 +264,7 @@ class SlowPath:
         """Memory that is neither free nor in use goes back to the free lists."""
         _note("drain")
         self._arena.rcu.synchronize()
+        self._arena.drain_all()
 
     def _fail(self, ticket: Ticket) -> None:
         """What no request meets under irix. Raises AllocationFailed; one report in ten seconds."""

@@ -30,6 +30,7 @@ from alloc.page import (
     W_SLAB,
     Words,
 )
+from alloc.rows import nr_pages_listed, pages_given_back, pages_handed_out
 from alloc.watermarks import KB_PER_PAGE
 
 # counted by the allocator itself; other rooms add their own names (nr_dirty, ...)
@@ -49,6 +50,7 @@ NAMES = (
     "pgrotated",
     "slabs_scanned",
     "cleaner_wakeups",
+    "drain_all_pages",
 )
 
 
@@ -68,8 +70,9 @@ class VmStat(Mapping[str, int]):
             "nr_inactive_file": lambda: int(words[W_LRU + LRU_PAGES]),
             "nr_active_file": lambda: int(words[W_LRU + LRU_STRIDE + LRU_PAGES]),
             "nr_slab": lambda: nr_slab_pages(words),
-            "pgalloc_normal": lambda: int(words[W_PGALLOC]),
-            "pgfree": lambda: int(words[W_PGFREE]),
+            "nr_pcp_pages": lambda: nr_pages_listed(words),
+            "pgalloc_normal": lambda: int(words[W_PGALLOC]) + pages_handed_out(words),
+            "pgfree": lambda: int(words[W_PGFREE]) + pages_given_back(words),
         }
 
     def add(self, name: str, nr: int = 1) -> None:

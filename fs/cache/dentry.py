@@ -30,8 +30,9 @@ from alloc.arena import Arena
 from alloc.atomic import load_acquire, store_release
 from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper, kernel
+from alloc.magazine import object_alloc
 from alloc.page import Slabs
-from alloc.slab import object_alloc
+from alloc.rows import TRIO
 from fs.cache.lock import Mutex
 from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove
 from fs.xfs.danode import hash_bytes
@@ -204,7 +205,7 @@ def remember(mem, t, head, buckets, slabs, cache, parent, gen, name, ino, ftype)
         store_release(t["ino"], h, ino)
         t["ftype"][h] = ftype
         return
-    h = object_alloc(slabs, mem, cache, RIGHTS_LOW)
+    h = object_alloc(slabs, mem, cache, RIGHTS_LOW, TRIO)
     if h != WOULD_BLOCK:
         _insert(mem, t, head, buckets, abs(h), parent, gen, name, ino, ftype)
 

@@ -24,8 +24,9 @@ import numpy as np
 
 from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper
+from alloc.magazine import object_alloc, object_free
 from alloc.page import Slabs
-from alloc.slab import object_alloc, object_free
+from alloc.rows import TRIO
 from fs.cache import dentry
 from fs.cache import inodetable as table
 from fs.cache.buf import BUF, F_PIECES, F_REFERENCED, F_VALID, H_WORDS, mark_dirty
@@ -226,12 +227,12 @@ def new_inode(r, ino, gen):
         hold_inode(r, i)
         table.renew(r.inodes, r.inode_head, r.mem, i, r.shape[G_INODE_LOG])
         return i
-    image = object_alloc(r.slabs, r.mem, r.shape[G_IMAGES], RIGHTS_LOW)
+    image = object_alloc(r.slabs, r.mem, r.shape[G_IMAGES], RIGHTS_LOW, TRIO)
     if image == WOULD_BLOCK:
         return np.int64(0)
-    i = object_alloc(r.slabs, r.mem, r.shape[G_RECORDS], RIGHTS_LOW)
+    i = object_alloc(r.slabs, r.mem, r.shape[G_RECORDS], RIGHTS_LOW, TRIO)
     if i == WOULD_BLOCK:
-        object_free(r.slabs, r.shape[G_IMAGES], abs(image))
+        object_free(r.slabs, r.shape[G_IMAGES], abs(image), TRIO)
         return np.int64(0)
     table.begin(r.inodes, r.inode_head, r.inode_buckets, abs(i), ino, abs(image), gen)
     return abs(i)

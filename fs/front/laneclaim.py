@@ -16,11 +16,11 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import fetch_add
-from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK, take
+from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper
 from alloc.libc import memset
+from alloc.magazine import object_alloc
 from alloc.page import Slabs
-from alloc.slab import object_alloc
 from fs.buffered import HOLE, OWN, UNWRITTEN
 from fs.cache.blocks import (
     CLAIMED,
@@ -35,7 +35,7 @@ from fs.cache.folio import PATH_NODES
 from fs.cache.incore import I4_MAPPING, I8_NEXTENTS, I8_SIZE, INODE_LONGS, INODE_WORDS
 from fs.cache.radix import ANY, next_entry
 from fs.delalloc import promise_words
-from fs.front.lanemap import buddy, is_plain, lock_map, segment, unlock_map
+from fs.front.lanemap import is_plain, lock_map, segment, take_folio, unlock_map
 from fs.front.lanestate import (
     B_KSWAPD,
     G_BLOCK_LOG,
@@ -46,6 +46,7 @@ from fs.front.lanestate import (
     G_TREE_RECORDS_MIN,
     M_BELLS,
     M_NR_NODES,
+    M_ROW,
     R_LOCK,
     R_MAP,
     R_MISS,
@@ -64,7 +65,7 @@ READY = 0  # no reason to stop: R_OPCODE is no reason of a WRITE
 def take_pages(l, order, least):
     """A folio of at most `order` and at least `least`, without touching what kswapd wants; or 0."""
     while order >= least:
-        pfn = take(buddy(l), order, RIGHTS_LOW)
+        pfn = take_folio(l, order)
         if pfn != WOULD_BLOCK:
             return abs(pfn)
         order -= 1
@@ -80,7 +81,7 @@ def have_nodes(l):
         l.free_high,
     )  # fmt: skip
     while l.me[M_NR_NODES] < PATH_NODES:
-        node = abs(object_alloc(slabs, l.mem, l.geo[G_NODE_SLAB], RIGHTS_LOW))
+        node = abs(object_alloc(slabs, l.mem, l.geo[G_NODE_SLAB], RIGHTS_LOW, l.me[M_ROW]))
         if node == WOULD_BLOCK:
             l.me[M_BELLS] |= B_KSWAPD
             return False

@@ -6,8 +6,8 @@ changes the records or moves the forks holds it exclusively. Every lookup happen
 mapping's spin lock, too. So what it finds for a block that is not cached, or not claimed, is true
 until the spin lock is dropped: such a block gains content only through a folio.
 
-The references and flags of folios (`buddy`, `mark_accessed`) are here as well, because reading
-and writing need the same of them. Helpers only; nothing waits.
+The references and flags of folios (`take_folio`, `put_folio`, `mark_accessed`) are here as well,
+because reading and writing need the same of them. Helpers only; nothing waits.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -17,10 +17,11 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import load_acquire
-from alloc.buddy import FREED_AND_WAITERS, put
+from alloc.buddy import FREED_AND_WAITERS, RIGHTS_LOW
 from alloc.jit import helper
 from alloc.lru import lru_touch
 from alloc.page import ACTIVE, LRU, REFERENCED, Buddy
+from alloc.pcp import put, take
 from fs.buffered import HOLE, OWN, UNWRITTEN
 from fs.cache.incore import (
     I4_FORKOFF_FORMAT,
@@ -33,7 +34,7 @@ from fs.cache.incore import (
     INODE_WORDS,
 )
 from fs.cache.lock import SPINS, WAITED, try_lock, unlock
-from fs.front.lanestate import B_LOCKS, B_MEMORY, G_INODE_LOG, M_BELLS
+from fs.front.lanestate import B_LOCKS, B_MEMORY, G_INODE_LOG, M_BELLS, M_ROW
 from fs.xfs import layout as L
 from fs.xfs.extents import lookup
 
@@ -100,15 +101,21 @@ def segment(l, handle, block):
 
 
 @helper
-def buddy(l):
+def _buddy(l):
     """The page allocator's arrays."""
     return Buddy(l.words, l.flags, l.order, l.refs, l.lru_next, l.lru_prev)
 
 
 @helper
+def take_folio(l, order):
+    """A folio without touching what kswapd wants left, as `alloc.pcp.take` gives it."""
+    return take(_buddy(l), l.me[M_ROW], 0, order, RIGHTS_LOW)
+
+
+@helper
 def put_folio(l, pfn):
     """Drop a reference of a folio, maybe the last one."""
-    if put(buddy(l), pfn) == FREED_AND_WAITERS:
+    if put(_buddy(l), l.me[M_ROW], 0, pfn) == FREED_AND_WAITERS:
         l.me[M_BELLS] |= B_MEMORY
 
 

@@ -90,6 +90,7 @@ M_QUEUE = 19  # the queue of requests that the lane serves, or -1: it reads /dev
 M_ENTRY = 20  # the queue entry of the present request, or -1
 M_TURNS = 21  # requests read
 M_BUSY = 22  # M_TIME when M_TURNS was last a multiple of BUSY_TURNS
+M_ROW = 23  # the row of free pages and objects (alloc/rows.py) that it uses
 M_WORDS = 24
 
 # uring: words of one lane's io_uring; "at" is a byte address in the arena (fs/front/lanequeue.py)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import fetch_add, spin_lock, spin_unlock
-from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK, take
+from alloc.buddy import WOULD_BLOCK
 from alloc.jit import helper
 from alloc.libc import realtime_ns
 from alloc.lru import ADD, lru_move
@@ -49,10 +49,10 @@ from fs.file import S_ISGID, S_ISUID
 from fs.front.handles import DATA_SYNC, FULL_SYNC, HANDLE_MASK, ORDINARY
 from fs.front.laneclaim import READY, claim, fitting, have_nodes, take_pages
 from fs.front.lanemap import (
-    buddy,
     lock_file,
     mark_accessed,
     put_folio,
+    take_folio,
     unlock_file,
 )
 from fs.front.laneread import park, ring
@@ -259,7 +259,7 @@ def _adopt(l, handle, pos, end):
     spin_lock(l.m4, root + R_LOCK)
     free = next_entry(l.m4, l.m8, l.order, root, pos >> 12, (end - 1) >> 12, ANY) == 0
     if free and _bar(l, root, pos, end) == READY:
-        other = abs(take(buddy(l), order, RIGHTS_LOW))
+        other = abs(take_folio(l, order))
     if other != WOULD_BLOCK:
         _dress(l, handle, folio, pos)
         if claim(l, handle, folio, pos, end) == READY:

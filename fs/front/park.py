@@ -16,6 +16,7 @@ import numpy as np
 
 from alloc import gfp
 from alloc.page import PAGE_SIZE
+from alloc.rows import TRIO
 from fs.cache.folio import PageCache
 from fs.front import buffers, ring
 from fs.front import lanestate as S
@@ -68,6 +69,7 @@ class Front:
 
     async def start(self) -> None:
         """Take the memory; no lane runs yet."""
+        self.vol.arena.set_lanes(self.nr_lanes)
         entries = self.vol.arena.memory_bytes // RING_SHARE
         entries = min(max(1 << entries.bit_length() - 1, RING_LEAST), RING_MOST)
         self.ring = (await self._room(entries * 64)).view(np.int64).reshape(entries, 8)
@@ -82,7 +84,9 @@ class Front:
         self._rooms = [await self._room(LANE_BYTES) for _ in range(self.nr_lanes + 1)]
         for number in range(self.nr_lanes + 1):
             self.lanes.append(make_lane(self.vol, self, number))
-            self.lanes[number].me[S.M_NUMBER] = self.vol.arena.rcu.register()
+            me = self.lanes[number].me
+            me[S.M_NUMBER] = self.vol.arena.rcu.register()
+            me[S.M_ROW] = 1 + number if number < self.nr_lanes else TRIO
 
     async def _new_folio(self, order: int) -> int:
         pfn = await self.vol.arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
@@ -158,6 +162,7 @@ class Front:
             put(pfn)
         self._folios.clear()
         self.lanes.clear()
+        self.vol.arena.set_lanes(0)
 
 
 def _geo_words(vol: Volume) -> Any:

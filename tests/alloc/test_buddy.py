@@ -48,14 +48,14 @@ class BuddyMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         pfn = data.draw(st.sampled_from(sorted(self.model.allocated)))
-        assert self.arena.put_folio(pfn)
+        assert buddy.put_page(*self.arena.buddy, pfn) == buddy.FREED
         self.model.gave_back(pfn)
 
     @precondition(lambda self: self.model.allocated)
     @rule(every=st.integers(1, 3))
     def give_back_many(self, every: int) -> None:
         for pfn in sorted(self.model.allocated)[::every]:
-            assert self.arena.put_folio(pfn)
+            assert buddy.put_page(*self.arena.buddy, pfn) == buddy.FREED
             self.model.gave_back(pfn)
 
     @invariant()

@@ -57,6 +57,10 @@ class SlabMachine(RuleBasedStateMachine):
         for which, slab in enumerate(self.slabs):
             mine = [i for w, i in self.held if w == which]
             assert slab.nr_objects == len(mine)
+        self.arena.check()
+        self.arena.drain_all()
+        for which, slab in enumerate(self.slabs):
+            mine = [i for w, i in self.held if w == which]
             assert slab.nr_slabs == len({slab.addr(i) >> 12 for i in mine})
 
     def teardown(self) -> None:
@@ -64,6 +68,7 @@ class SlabMachine(RuleBasedStateMachine):
         for which, i in list(self.held):
             assert self.slabs[which].table["key"][i] == self.held[which, i]
             self.slabs[which].free(i)
+        self.arena.drain_all()
         assert self.arena.free_pages == self.arena.nr_pages - 1
         self.arena.check()
         self.arena.close()
@@ -81,6 +86,7 @@ def test_every_size_fills_its_slab_exactly(arena: Arena, size: int) -> None:
     per_slab = 4096 // size
     held = [take(slab) for _ in range(3 * per_slab)]
     assert len(set(held)) == len(held)
+    arena.drain_all()
     assert slab.nr_slabs == 3
     assert {slab.addr(i) >> 12 for i in held} == set(np.flatnonzero(arena.pages.flags & SLAB))
     assert all(slab.addr(i) == i * size for i in held)
@@ -89,8 +95,10 @@ def test_every_size_fills_its_slab_exactly(arena: Arena, size: int) -> None:
     arena.check()
     for i in held[1:]:
         slab.free(i)
+    arena.drain_all()
     assert slab.nr_slabs == 1
     slab.free(held[0])
+    arena.drain_all()
     assert arena.free_pages == arena.nr_pages - 1
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from alloc import buddy, lru, slab
+from alloc import buddy, lru, magazine, pcp
 from alloc.arena import Arena
 from alloc.jit import DISABLED, probe
-from alloc.page import Buddy, Slabs
+from alloc.page import W_FREE, Buddy, Slabs
 
 pytestmark = pytest.mark.skipif(DISABLED, reason="needs threads without the GIL")
 
@@ -18,7 +20,7 @@ KEEP = 64
 
 
 @probe
-def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, seed, rounds):
+def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, row, seed, rounds):
     """Take, share, list, isolate and put random blocks; stamps must survive. Errors counted."""
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
     held = np.zeros(KEEP, np.int64)
@@ -29,7 +31,7 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, seed, r
         random = np.int64(state >> np.uint64(33))
         k = random % KEEP
         if held[k] == 0:
-            pfn = abs(buddy.take(b, (random >> 8) % 4, buddy.RIGHTS_MIN))
+            pfn = abs(pcp.take(b, row, (random >> 16) % 3, (random >> 8) % 5, buddy.RIGHTS_MIN))
             held[k] = pfn
             if pfn != 0:
                 mem[pfn << 12] = np.uint8(seed)
@@ -42,20 +44,20 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, seed, r
             for i in range(n):
                 taken = np.int64(out[i])
                 lru.lru_move(words, flags, order, refs, lru_next, lru_prev, taken, lru.ADD)
-                buddy.put(b, taken)
-            buddy.put(b, pfn)
-            if buddy.put(b, pfn) < 0:
+                pcp.put(b, row, 0, taken)
+            pcp.put(b, row, 0, pfn)
+            if pcp.put(b, row, 0, pfn) < 0:
                 errors += 1
             held[k] = 0
     for pfn in held:
         if pfn != 0:
-            buddy.put(b, pfn)
+            pcp.put(b, row, 0, pfn)
     return errors
 
 
 @probe
 def churn_objects(
-    words, flags, order, refs, lru_next, lru_prev, mapping, low, high, mem, cache, seed, rounds
+    words, flags, order, refs, lru_next, lru_prev, mapping, low, high, mem, cache, row, seed, rounds
 ):
     """Take and free objects of one cache; every one comes zeroed and keeps its stamp."""
     s = Slabs(words, flags, order, refs, lru_next, lru_prev, mapping, low, high)
@@ -68,7 +70,7 @@ def churn_objects(
         k = np.int64(state >> np.uint64(33)) % KEEP
         i = held[k]
         if i == 0:
-            i = abs(slab.object_alloc(s, mem, cache, buddy.RIGHTS_MIN))
+            i = abs(magazine.object_alloc(s, mem, cache, buddy.RIGHTS_MIN, row))
             held[k] = i
             if i != 0:
                 if mem[i * size] != 0 or mem[i * size + size - 1] != 0:
@@ -76,37 +78,46 @@ def churn_objects(
                 mem[i * size] = np.uint8(seed)
                 mem[i * size + size - 1] = np.uint8(seed)
         else:
-            if mem[i * size] != np.uint8(seed) or slab.object_free(s, cache, i) < 0:
+            if mem[i * size] != np.uint8(seed) or magazine.object_free(s, cache, i, row) < 0:
                 errors += 1
             held[k] = 0
     for i in held:
-        if i != 0 and slab.object_free(s, cache, i) < 0:
+        if i != 0 and magazine.object_free(s, cache, i, row) < 0:
             errors += 1
     return errors
 
 
-def run(jobs: list[tuple]) -> list[int]:
+def run(jobs: list[tuple], meanwhile: Callable[[], None]) -> list[int]:
     results: list[int] = []
     threads = [
         threading.Thread(target=lambda job=job: results.append(job[0](*job[1:]))) for job in jobs
     ]
     for thread in threads:
         thread.start()
+    while any(thread.is_alive() for thread in threads):
+        meanwhile()
+        time.sleep(0.001)
     for thread in threads:
         thread.join()
     return results
 
 
 def test_threads_keep_every_structure_whole(arena: Arena) -> None:
+    """Some have a row of their own, some share one, and all rows are drained again and again."""
     objects = [arena.slab(f"s{size}", np.dtype((np.void, size))) for size in (32, 1024)]
+    arena.set_lanes(3)
     jobs: list[tuple] = []
     for seed in (1, 2, 3):
         out = np.zeros(2048, np.uint32)
-        jobs.append((churn_pages, *arena.buddy, arena.mem, out, seed, 30_000))
+        jobs.append((churn_pages, *arena.buddy, arena.mem, out, min(seed, 2), seed, 30_000))
     for seed in (4, 5, 6, 7):
         cache = objects[seed % 2].number
-        jobs.append((churn_objects, *arena.slabs, arena.mem, cache, seed, 60_000))
-    assert run(jobs) == [0] * len(jobs)
+        jobs.append((churn_objects, *arena.slabs, arena.mem, cache, seed % 4, seed, 60_000))
+    drains = arena.vmstat["drain_all_pages"]
+    assert run(jobs, arena.drain_all) == [0] * len(jobs)
+    assert arena.vmstat["drain_all_pages"] > drains
     arena.check()
-    assert arena.free_pages == arena.nr_pages - 1
+    arena.drain_all()
+    arena.check()
+    assert arena.free_pages == arena.nr_pages - 1 == int(arena.words[W_FREE])
     assert arena.lru.nr_inactive == 0
