@@ -33,6 +33,7 @@ from alloc.page import (
     PAGE_SIZE,
     S_LIMIT,
     S_OBJECTS,
+    S_RECLAIMABLE,
     S_SHIFT,
     S_SLABS,
     SLAB_CACHES,
@@ -53,9 +54,10 @@ from alloc.pressure import Pressure
 from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
 from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
+from alloc.slabinfo import slabinfo
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
-from alloc.vmstat import VmStat, buddyinfo, meminfo, pagetypeinfo, slabinfo, zoneinfo
+from alloc.vmstat import VmStat, buddyinfo, meminfo, pagetypeinfo, zoneinfo
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
 
 MEMORY_MIN = 8 << 20
@@ -208,8 +210,11 @@ class Arena:
 
     # ---------------------------------------------------------------- slabs
 
-    def slab(self, name: str, dtype: DTypeLike) -> Slab:
-        """The cache of objects of this record type; made on first use, one per name."""
+    def slab(self, name: str, dtype: DTypeLike, reclaimable: bool = False) -> Slab:
+        """The cache of objects of this record type; made on first use, one per name.
+
+        reclaimable: a shrinker gives its objects back. It is only accounted for.
+        """
         kind = np.dtype(dtype)
         known = self._slab_caches.get(name)
         if known is not None:
@@ -220,6 +225,7 @@ class Arena:
         number = len(self._slab_caches)
         assert number < SLAB_CACHES, "out of slab caches: raise SLAB_CACHES"
         cache = self._slab_caches[name] = Slab(self, name, number, kind)
+        self.words[W_SLAB + number * SLAB_WORDS + S_RECLAIMABLE] = reclaimable
         return cache
 
     @property
@@ -326,9 +332,8 @@ class Arena:
         return self.stalls.waiters()
 
     def slabinfo(self) -> str:
-        """Objects and slabs of each cache, as /proc/slabinfo prints them."""
-        rows = ((c.name, c.size, c.nr_objects, c.nr_slabs) for c in self.slab_caches)
-        return slabinfo(rows)
+        """Every slab cache, as /proc/slabinfo prints them."""
+        return slabinfo(self.slab_caches)
 
     def zoneinfo(self) -> str:
         """Marks and counts of the one zone, as /proc/zoneinfo prints them."""

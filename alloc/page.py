@@ -82,6 +82,7 @@ S_SLABS = 2
 S_OBJECTS = 3
 S_SHIFT = 4  # log2 of the object size
 S_LIMIT = 5  # objects that a row keeps at most
+S_RECLAIMABLE = 6  # 1: a shrinker gives its objects back
 # words: what all rows go by
 W_PCP = W_SLAB + SLAB_CACHES * SLAB_WORDS
 W_PCP_BATCH = W_PCP  # pages

@@ -7,14 +7,14 @@ is a snapshot of moving numbers, each of them right at some moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from alloc.page import (
     LRU_PAGES,
     LRU_STRIDE,
     ORDER_MAX,
     ORDERS,
-    PAGE_SIZE,
+    S_RECLAIMABLE,
     S_SLABS,
     SLAB_CACHES,
     SLAB_WORDS,
@@ -54,10 +54,10 @@ NAMES = (
 )
 
 
-def nr_slab_pages(words: Words) -> int:
-    """Pages that slab caches hold."""
-    last = W_SLAB + SLAB_CACHES * SLAB_WORDS
-    return int(words[W_SLAB + S_SLABS : last : SLAB_WORDS].sum())
+def nr_slab_pages(words: Words, reclaimable: bool) -> int:
+    """Pages that slab caches hold, those whose objects a shrinker gives back or the others."""
+    caches = words[W_SLAB : W_SLAB + SLAB_CACHES * SLAB_WORDS].reshape(SLAB_CACHES, SLAB_WORDS)
+    return int(caches[caches[:, S_RECLAIMABLE] == reclaimable, S_SLABS].sum())
 
 
 class VmStat(Mapping[str, int]):
@@ -69,7 +69,8 @@ class VmStat(Mapping[str, int]):
             "nr_free_pages": lambda: int(words[W_FREE]),
             "nr_inactive_file": lambda: int(words[W_LRU + LRU_PAGES]),
             "nr_active_file": lambda: int(words[W_LRU + LRU_STRIDE + LRU_PAGES]),
-            "nr_slab": lambda: nr_slab_pages(words),
+            "nr_slab_reclaimable": lambda: nr_slab_pages(words, True),
+            "nr_slab_unreclaimable": lambda: nr_slab_pages(words, False),
             "nr_pcp_pages": lambda: nr_pages_listed(words),
             "pgalloc_normal": lambda: int(words[W_PGALLOC]) + pages_handed_out(words),
             "pgfree": lambda: int(words[W_PGFREE]) + pages_given_back(words),
@@ -100,6 +101,7 @@ def meminfo(words: Words, vmstat: VmStat) -> dict[str, int]:
     """/proc/meminfo of one arena, in KiB. Dirty and Writeback are 0 until somebody counts them."""
     inactive = vmstat["nr_inactive_file"] * KB_PER_PAGE
     active = vmstat["nr_active_file"] * KB_PER_PAGE
+    reclaimable, unreclaimable = nr_slab_pages(words, True), nr_slab_pages(words, False)
     return {
         "MemTotal": int(words[W_PAGES]) * KB_PER_PAGE,
         "MemFree": int(words[W_FREE]) * KB_PER_PAGE,
@@ -108,7 +110,9 @@ def meminfo(words: Words, vmstat: VmStat) -> dict[str, int]:
         "Inactive(file)": inactive,
         "Dirty": vmstat.get("nr_dirty", 0) * KB_PER_PAGE,
         "Writeback": vmstat.get("nr_writeback", 0) * KB_PER_PAGE,
-        "Slab": nr_slab_pages(words) * KB_PER_PAGE,
+        "Slab": (reclaimable + unreclaimable) * KB_PER_PAGE,
+        "SReclaimable": reclaimable * KB_PER_PAGE,
+        "SUnreclaim": unreclaimable * KB_PER_PAGE,
     }
 
 
@@ -126,27 +130,6 @@ def meminfo_text(sizes: Mapping[str, int]) -> str:
 def vmstat_text(counts: Mapping[str, int]) -> str:
     """Counters as /proc/vmstat prints them."""
     return "".join(f"{name} {count}\n" for name, count in counts.items())
-
-
-SLAB_TITLE = (
-    "slabinfo - version: 2.1\n"
-    "# name            <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab>"
-    " : tunables <limit> <batchcount> <sharedfactor>"
-    " : slabdata <active_slabs> <num_slabs> <sharedavail>\n"
-)
-
-
-def slabinfo(caches: Iterable[tuple[str, int, int, int]]) -> str:
-    """/proc/slabinfo of caches given as (name, object size, objects in use, slabs).
-
-    A slab is a page and goes back when it is empty, so every one there is is active.
-    """
-    out = SLAB_TITLE
-    for name, size, objects, slabs in caches:
-        per_slab = PAGE_SIZE // size
-        out += f"{name:<17} {objects:6d} {slabs * per_slab:6d} {size:6d} {per_slab:4d} {1:4d}"
-        out += f" : tunables {0:4d} {0:4d} {0:4d} : slabdata {slabs:6d} {slabs:6d} {0:6d}\n"
-    return out
 
 
 def zoneinfo(words: Words, vmstat: VmStat) -> str:

@@ -246,12 +246,12 @@ class BufCache:
         self._arena, self._device, self._geo, self._log = arena, device, geo, log
         self._paranoid = paranoid  # run the verifier before every write, too
         self.mem = arena.mem
-        self._slab = arena.slab("xfs_buf", BUF)
+        self._slab = arena.slab("xfs_buf", BUF, reclaimable=True)
         self.table = self._slab.table
         self.flags = self.table["flags"]
         self._record_ops, self._owners = self.table["ops"], self.table["owner"]
         self._small = {
-            size: arena.slab(f"xfs_buf-{size}", np.dtype([("bytes", "u1", (size,))]))
+            size: arena.slab(f"xfs_buf-{size}", np.dtype([("bytes", "u1", (size,))]), True)
             for size in (512, 1024, 2048)
         }
         self._head = np.zeros(H_WORDS, np.int64)

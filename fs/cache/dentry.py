@@ -261,7 +261,7 @@ class DentryCache:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._slab = arena.slab("dentry", DENTRY)
+        self._slab = arena.slab("dentry", DENTRY, reclaimable=True)
         self._head = np.zeros(H_WORDS, np.int64)
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
         self._state: tuple[Any, ...] = ()

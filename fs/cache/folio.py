@@ -89,7 +89,7 @@ class PageCache:
         self.columns = {name: self.maps[name] for name in self.maps.dtype.names or ()}
         self.dirty = Dirty(self._dirtyable)
         self.ioends = IoendPool(IOENDS)
-        self.nodes = arena.slab("radix_tree_node", radix.NODE)
+        self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
         self.hint = np.zeros(4, np.int64)  # what copy kernels tell beside their result
         self.runs = np.zeros((2048, 2), np.int64)
         self._gang = np.zeros(256, np.int64)

@@ -149,9 +149,10 @@ class InodeCache:
         self._arena = arena
         self.inode_log = inode_log
         self.literal_size = (1 << inode_log) - L.LITERAL
-        self._slab = arena.slab("xfs_inode", INODE)
+        self._slab = arena.slab("xfs_inode", INODE, reclaimable=True)
         size = 1 << inode_log
-        self._images = arena.slab(f"xfs_ifork-{size}", np.dtype([("bytes", "u1", (size,))]))
+        image = np.dtype([("bytes", "u1", (size,))])
+        self._images = arena.slab(f"xfs_ifork-{size}", image, reclaimable=True)
         self._stubs = Stubs(arena)
         self.table = self._slab.table
         self.fields = {name: self.table[name] for name in INODE.names or ()}
