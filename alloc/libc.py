@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from ctypes import CDLL, c_char, get_errno
+from ctypes import CDLL, CFUNCTYPE, c_char, c_ssize_t, get_errno
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -84,6 +84,9 @@ if DISABLED:
             IO_URING_ENTER, fd, to_submit, min_complete, flags, None, 0
         )
         return done if done >= 0 else -get_errno()
+
+    def call_address(function, word):
+        return CFUNCTYPE(c_ssize_t, c_ssize_t)(int(function))(int(word))
 
     def usleep(us):
         time.sleep(us / 1e6)
@@ -166,6 +169,20 @@ else:
             return builder.ptrtoint(pointer, ir.IntType(64))
 
         return types.int64(array, i), codegen
+
+    @intrinsic
+    def call_address(typingctx, function, word):
+        """Call a C function of one word by its machine address; what it returns.
+
+        LLVM does not know what it calls. It knows malloc by name, and drops it when nobody looks.
+        """
+
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(ir.IntType(64), (ir.IntType(64),))
+            pointer = builder.inttoptr(args[0], kind.as_pointer())
+            return builder.call(pointer, (args[1],))
+
+        return types.int64(types.int64, types.int64), codegen
 
     @intrinsic
     def _errno(typingctx):

@@ -38,6 +38,7 @@ pkg-config pkg-config
 LIST
     echo '#include <stdlib.h>' | gcc -E - >/dev/null 2>&1 || echo libc6-dev
     pkg-config --exists fuse3 2>/dev/null || echo libfuse3-dev
+    ldconfig -p | grep -q 'libjemalloc\.so' || echo libjemalloc2
     if [ -z "$python" ]; then
         printf '%s\n' python3 python3-dev python3-venv
         return

@@ -109,17 +109,28 @@ def bench(
         list[str] | None,
         typer.Option(help="Command of another file system, with {source} and {mnt}; repeat."),
     ] = None,
+    allocator: Annotated[
+        bool, typer.Option("--allocator", help="Only the allocator beside malloc; no mount.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure mount time, fio and metadata rates beside tmpfs, the kernel's XFS and FUSE peers."""
+    """Measure mount time, fio and metadata rates beside tmpfs, the kernel's XFS and FUSE peers.
+
+    And the allocator by itself, beside malloc.
+    """
     from tools import bench as benchmark
+    from tools import benchalloc
 
     plan = benchmark.Plan(rounds, files, runtime, memory, cache, lanes, tuple(peer or ()))
-    table = benchmark.bench(plan)
+    table = None if allocator else benchmark.bench(plan)
+    figures = benchalloc.bench(rounds)
     if as_json:
-        typer.echo(json.dumps(benchmark.as_json(table), indent=2))
-    else:
+        mounts = benchmark.as_json(table) if table else {}
+        typer.echo(json.dumps(mounts | {"allocator": benchalloc.as_json(figures)}, indent=2))
+        return
+    if table:
         benchmark.show(table)
+    benchalloc.show(figures)
 
 
 @app.command()
