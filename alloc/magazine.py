@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alloc.atomic import load_acquire, spin_lock, spin_unlock
+from alloc.atomic import load_acquire, spin_lock, spin_trylock, spin_unlock
 from alloc.buddy import FREED, FREED_AND_WAITERS, RIGHTS_QUEUED, WOULD_BLOCK
 from alloc.jit import helper, inlined, kernel
 from alloc.libc import memset
@@ -173,14 +173,18 @@ def slab_free(words, flags, order, refs, lru_next, lru_prev, mapping, low, high,
 def drain_rows(words, flags, order, refs, lru_next, lru_prev, mapping, low, high, wholesale):
     """All rows give everything back (wholesale), or what they do not use: the refresh.
 
-    Waits for each row's lock. FREED, or the code of a double free that came to light.
+    A drain waits for each row's lock; a refresh leaves a row alone that is at work. FREED, or the
+    code of a double free that came to light.
     """
     s = Slabs(words, flags, order, refs, lru_next, lru_prev, mapping, low, high)
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
     code = np.int64(FREED)
     for row in range(ROWS):
         at = row_at(row)
-        spin_lock(words, at + P_LOCK)
+        if wholesale:
+            spin_lock(words, at + P_LOCK)
+        elif not spin_trylock(words, at + P_LOCK):
+            continue
         code = min(code, _unload_all(s, at, not wholesale))
         if wholesale:
             drain_pages(b, at)

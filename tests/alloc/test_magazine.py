@@ -13,6 +13,7 @@ from alloc.arena import SLAB_SIZES, Arena
 from alloc.gfp import NOWAIT
 from alloc.page import (
     MAGAZINE_WORDS,
+    P_LOCK,
     P_MAGAZINES,
     ROW_WORDS,
     W_FREE,
@@ -177,3 +178,17 @@ async def test_what_lies_in_magazines_is_there_for_who_waits(arena: Arena) -> No
     assert slab.nr_slabs == 0
     for pfn in folios:
         arena.put_folio(pfn)
+
+
+def test_a_refresh_leaves_a_row_alone_that_is_at_work(arena: Arena) -> None:
+    slab = arena.slab("objects", void(64))
+    i = slab.try_alloc(NOWAIT) or 0
+    slab.free(i)
+    arena.refresh_rows()
+    arena.words[W_ROWS + P_LOCK] = 1
+    arena.refresh_rows()
+    assert content(arena, 0, slab.number)
+    arena.words[W_ROWS + P_LOCK] = 0
+    arena.refresh_rows()
+    assert not content(arena, 0, slab.number)
+    assert slab.nr_slabs == 0
