@@ -69,6 +69,7 @@ class VmStat(Mapping[str, int]):
             "nr_free_pages": lambda: int(words[W_FREE]),
             "nr_inactive_file": lambda: int(words[W_LRU + LRU_PAGES]),
             "nr_active_file": lambda: int(words[W_LRU + LRU_STRIDE + LRU_PAGES]),
+            "nr_slab": lambda: nr_slab_pages(words, True) + nr_slab_pages(words, False),
             "nr_slab_reclaimable": lambda: nr_slab_pages(words, True),
             "nr_slab_unreclaimable": lambda: nr_slab_pages(words, False),
             "nr_pcp_pages": lambda: nr_pages_listed(words),
