@@ -46,11 +46,14 @@ from alloc.page import (
     W_LRU,
     W_LRU_LOCK,
     W_NR_FREE,
+    W_PGALLOC,
+    W_PGFREE,
     W_ROWS,
     W_SLAB,
     Z_COUNT,
     Z_OBJECTS,
 )
+from alloc.rows import nr_pages_listed, pages_given_back, pages_handed_out
 
 if TYPE_CHECKING:
     from alloc.arena import Arena, Slab
@@ -60,11 +63,21 @@ def check(arena: Arena) -> None:
     """Everything. See `Arena.check`."""
     assert int(arena.words[W_BUDDY_LOCK]) == 0, "the buddy lock is held"
     assert int(arena.words[W_LRU_LOCK]) == 0, "the LRU lock is held"
+    _check_sum(arena)
     _check_pages(arena, _check_free_lists(arena), _check_rows(arena))
     _check_lru(arena)
     for slab in arena.slab_caches:
         _check_slab(arena, slab)
         _check_magazines(arena, slab)
+
+
+def _check_sum(arena: Arena) -> None:
+    """free + on rows' lists + allocated = arena, by the counters."""
+    words = arena.words
+    taken = int(words[W_PGALLOC]) + pages_handed_out(words)
+    given = int(words[W_PGFREE]) + pages_given_back(words)
+    parts = int(words[W_FREE]), nr_pages_listed(words), taken - given
+    assert sum(parts) == arena.nr_pages - 1, "{} free, {} in rows, {} allocated".format(*parts)
 
 
 def _walk(arena: Arena, head: int, what: str) -> list[int]:

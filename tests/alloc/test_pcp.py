@@ -19,6 +19,7 @@ from alloc.page import (
     P_HIGH,
     P_LISTS,
     P_LOCK,
+    P_PGFREE,
     PCP,
     ROW_WORDS,
     ROWS,
@@ -321,6 +322,10 @@ def test_check_finds_a_block_that_is_listed_wrongly(arena: Arena) -> None:
         arena.check()
     arena.pages.refs[pfn] = 0
     arena.words[W_ROWS + P_COUNT] += 1
+    with pytest.raises(AssertionError, match="free, 2 in rows, 0 allocated"):
+        arena.check()
+    arena.words[W_ROWS + P_PGFREE] += 1
     with pytest.raises(AssertionError, match="pages of row 0"):
         arena.check()
     arena.words[W_ROWS + P_COUNT] -= 1
+    arena.words[W_ROWS + P_PGFREE] -= 1
