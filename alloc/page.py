@@ -158,15 +158,21 @@ class Slabs(NamedTuple):
     free_high: NDArray[np.uint64]
 
 
-def make_words() -> Words:
-    """Control words, all zero, the first at the start of a line."""
-    room = np.zeros(NR_WORDS * 8 + LINE_BYTES, dtype=np.uint8)
+def _aligned(count: int, kind: str) -> NDArray[Any]:
+    """An array of zeros that begins at the start of a line."""
+    nbytes = count * np.dtype(kind).itemsize
+    room = np.zeros(nbytes + LINE_BYTES, dtype=np.uint8)
     skip = -room.ctypes.data % LINE_BYTES
-    return room[skip : skip + NR_WORDS * 8].view(np.int64)
+    return room[skip : skip + nbytes].view(kind)
+
+
+def make_words() -> Words:
+    """Control words, all zero."""
+    return _aligned(NR_WORDS, "i8")
 
 
 def make_pages(nr_pages: int) -> Pages:
     """Descriptors of `nr_pages` pages, all zero; 41 bytes a page, 1 % of the arena."""
     assert nr_pages > 0
     kinds: tuple[Any, ...] = ("u4", "u1", "i4", "u4", "i8", "u4", "u4", "u4", "u8")
-    return Pages(*(np.zeros(nr_pages, dtype=kind) for kind in kinds))
+    return Pages(*(_aligned(nr_pages, kind) for kind in kinds))

@@ -47,6 +47,7 @@ from alloc.lru import BUDDY_ARGS, unlink_lru
 from alloc.page import (
     BUSY,
     HEAD,
+    LINE_BYTES,
     LRU,
     MIGRATETYPES,
     P_ALLOC_FACTOR,
@@ -77,6 +78,7 @@ from alloc.page import (
 from alloc.rows import BATCH_SCALE_MAX
 
 LISTS = PCP_ORDERS * MIGRATETYPES
+LINE_PAGES = LINE_BYTES // 4  # pages whose flags, or references, are in one line
 
 
 # -- lists, under the row's lock -----------------------------------------------------------------
@@ -159,7 +161,11 @@ def _high(words, at):
 
 @helper
 def _refill_size(words, at, order):
-    """Blocks that a refill asks for: more each time while nothing is freed in between."""
+    """Blocks that a refill asks for: more each time while nothing is freed in between.
+
+    Where the row may have so much, no less than the pages whose descriptors share a line: with
+    neighbours in two rows each thread would take that line from the other again and again.
+    """
     batch = words[W_PCP_BATCH]
     high = _high(words, at)
     nr = batch << words[at + P_ALLOC_FACTOR] if order == 0 else batch
@@ -171,7 +177,8 @@ def _refill_size(words, at, order):
         if nr <= most and words[at + P_ALLOC_FACTOR] < BATCH_SCALE_MAX:
             words[at + P_ALLOC_FACTOR] += 1
         nr = min(nr, most)
-    return max(nr >> order, 2) if nr > 1 else nr
+    nr = max(nr >> order, 2) if nr > 1 else nr
+    return max(nr, min(LINE_PAGES, high - words[at + P_COUNT]) >> order)
 
 
 @helper

@@ -320,6 +320,7 @@ def test_reports(arena: Arena) -> None:
     cache.insert(arena.try_alloc_folio(3, NOWAIT) or 0, dirty=False)
     slab = arena.slab("records", RECORD)
     i = slab.try_alloc(NOWAIT)
+    arena.drain_all()
     info = arena.meminfo()
     assert info["MemTotal"] == 8192
     assert info["MemFree"] == 8192 - 4 - 32 - 4
