@@ -23,8 +23,17 @@ import numpy as np
 import trio
 from numpy.typing import DTypeLike, NDArray
 
-from alloc import buddy, check, lockdep, magazine, pcp, rows, slab
-from alloc.gfp import COSTLY_ORDER, FAILABLE, KERNEL, MEMALLOC, NOFAIL, ZERO, current_scope
+from alloc import buddy, check, lockdep, magazine, pcp, rows, slab, zone
+from alloc.gfp import (
+    COSTLY_ORDER,
+    FAILABLE,
+    KERNEL,
+    MEMALLOC,
+    MT_SHIFT,
+    NOFAIL,
+    ZERO,
+    current_scope,
+)
 from alloc.libc import zero
 from alloc.lru import Lru
 from alloc.page import (
@@ -39,10 +48,12 @@ from alloc.page import (
     SLAB_CACHES,
     SLAB_WORDS,
     W_FREE,
+    W_FREE_HIGHATOMIC,
     W_HIGH,
     W_LOW,
     W_MIN,
     W_PAGES,
+    W_PROMO,
     W_SLAB,
     Buddy,
     Slabs,
@@ -57,13 +68,19 @@ from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
 from alloc.slabinfo import slabinfo
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
-from alloc.vmstat import VmStat, buddyinfo, meminfo, pagetypeinfo, zoneinfo
+from alloc.vmstat import VmStat, meminfo
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
+from alloc.zoneinfo import buddyinfo, extfrag, pagetypeinfo, zoneinfo
 
 MEMORY_MIN = 8 << 20
 REFRESH_S = 1.0
-MT = 0  # migratetype
+MT_DOWN = MT_SHIFT - buddy.MT_SHIFT  # from where gfp flags have it to the rights
 SLAB_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _type(gfp: int) -> int:
+    """The migratetype of a request, where rights have it."""
+    return gfp >> MT_DOWN & buddy.MT_MASK << buddy.MT_SHIFT
 
 
 class Arena:
@@ -81,13 +98,13 @@ class Arena:
         self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.mem: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = pages = make_pages(self.nr_pages)
-        self.words = make_words()
-        self.marks: Watermarks = watermarks(self.nr_pages)
+        self.words = make_words(zone.nr_blocks(self.nr_pages))
         self.words[W_PAGES] = self.nr_pages
-        self.words[[W_MIN, W_LOW, W_HIGH]] = self.marks
+        self._rows = 1  # the trio thread's, and one for each lane
+        zone.configure(self.words, self.nr_pages)
+        self._set_marks(watermarks(self.nr_pages))
         self.watermark_scale_factor = SCALE_FACTOR
         self.vfs_cache_pressure = 100  # percent of names and inodes that reclaim is told of
-        rows.configure(self.words, self.nr_pages, self.marks.low, 1)
         self.buddy = Buddy(
             self.words, pages.flags, pages.order, pages.refs, pages.lru_next, pages.lru_prev
         )
@@ -134,8 +151,8 @@ class Arena:
             self._injector.look(f"order:{order}", order, gfp)
         if lockdep.current is not None:
             lockdep.current.allocates(gfp)
-        rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, MT, order, rights)
+        rights = _type(gfp) | (buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN)
+        pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, order, rights)
         if pfn <= 0:
             if pfn:
                 self.reclaim.wake_kswapd()
@@ -154,7 +171,7 @@ class Arena:
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        pfn = self._take_folio(order, rights)
+        pfn = self._take_folio(order, rights | _type(gfp))
         if not pfn:
             pfn = self.slow.try_now(self._folio_request(order, gfp))
         if pfn and gfp & ZERO:
@@ -172,7 +189,7 @@ class Arena:
 
     def put_folio(self, pfn: int) -> bool:
         """Drop a reference; True when it was the last one and the folio was freed."""
-        code = pcp.put_block(*self.buddy, rows.TRIO, MT, pfn)
+        code = pcp.put_block(*self.buddy, rows.TRIO, pfn)
         if code == buddy.STILL_USED:
             return False
         assert code != buddy.NOT_ALLOCATED, f"page {pfn} is not the head of an allocated folio"
@@ -189,22 +206,23 @@ class Arena:
 
     def _take_folio(self, order: int, rights: int) -> int:
         """The jitted allocator with kswapd's wake-up; 0 when it would block."""
-        pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, MT, order, rights)
+        pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, order, rights)
         if pfn == 0 and rights & buddy.RIGHTS_QUEUED:
             self.drain_all()
-            pfn = pcp.alloc_block(*self.buddy, rows.TRIO, MT, order, rights)
+            pfn = pcp.alloc_block(*self.buddy, rows.TRIO, order, rights)
         if pfn < 0:
             self.reclaim.wake_kswapd()
         return abs(pfn)
 
     def _folio_request(self, order: int, gfp: int) -> Request:
+        mt = _type(gfp)
         return Request(
             f"order:{order}",
             "folio",
             order,
             order,
             gfp,
-            lambda rights: self._take_folio(order, rights),
+            lambda rights: self._take_folio(order, rights | mt),
             self.put_folio,
         )
 
@@ -213,7 +231,7 @@ class Arena:
     def slab(self, name: str, dtype: DTypeLike, reclaimable: bool = False) -> Slab:
         """The cache of objects of this record type; made on first use, one per name.
 
-        reclaimable: a shrinker gives its objects back. It is only accounted for.
+        reclaimable: a shrinker gives its objects back; its slabs lie among their like.
         """
         kind = np.dtype(dtype)
         known = self._slab_caches.get(name)
@@ -237,7 +255,8 @@ class Arena:
     def set_lanes(self, lanes: int) -> None:
         """How many lanes will use rows 1 and up; what is in rows goes back first."""
         self.drain_all()
-        rows.configure(self.words, self.nr_pages, self.marks.low, 1 + lanes)
+        self._rows = 1 + lanes
+        rows.configure(self.words, self.nr_pages, self.marks.low, self._rows)
 
     def drain_all(self) -> None:
         """Every row's free blocks and objects go back to where all can have them."""
@@ -251,6 +270,15 @@ class Arena:
     @staticmethod
     def _note_double_free(code: int) -> None:
         assert code == buddy.FREED, "an object that came home from a magazine was free already"
+
+    # ---------------------------------------------------------------- pageblocks
+
+    def release_reserve(self, gfp: int) -> bool:
+        """Reclaim has failed: the high-atomic reserve is for everybody. Whether it had memory."""
+        if not self.words[W_FREE_HIGHATOMIC]:
+            return False
+        mt = gfp >> MT_SHIFT & buddy.MT_MASK
+        return bool(zone.release_reserve(*self.buddy, mt))
 
     # ---------------------------------------------------------------- reclaim
 
@@ -298,11 +326,18 @@ class Arena:
         marks = watermarks(self.nr_pages, scale_factor, min_free_kbytes)
         if marks.high > self.nr_pages // 2:
             raise ValueError(f"high mark of {marks.high} pages: the arena has {self.nr_pages}")
-        self.marks, self.watermark_scale_factor = marks, scale_factor
-        self.words[[W_MIN, W_LOW, W_HIGH]] = marks
+        self.watermark_scale_factor = scale_factor
+        self._set_marks(marks)
         if self.free_pages < marks.low:
             self.reclaim.wake_kswapd()
         self.kick()
+
+    def _set_marks(self, marks: Watermarks) -> None:
+        """The marks, and the sizes that follow from them."""
+        self.marks = marks
+        self.words[[W_MIN, W_LOW, W_HIGH, W_PROMO]] = marks
+        zone.limit_boost(self.words, marks.high)
+        rows.configure(self.words, self.nr_pages, marks.low, self._rows)
 
     @property
     def min_free_kbytes(self) -> int:
@@ -331,6 +366,10 @@ class Arena:
         """Who waits for memory: a line for each, oldest first. Call it on the trio thread."""
         return self.stalls.waiters()
 
+    def extfrag(self) -> str:
+        """Fragmentation by order: extfrag_index and unusable_index, as debugfs prints them."""
+        return extfrag(self.words)
+
     def slabinfo(self) -> str:
         """Every slab cache, as /proc/slabinfo prints them."""
         return slabinfo(self.slab_caches)
@@ -340,7 +379,7 @@ class Arena:
         return zoneinfo(self.words, self.vmstat)
 
     def pagetypeinfo(self) -> str:
-        """Free blocks per order and type, as /proc/pagetypeinfo prints them."""
+        """Free blocks and pageblocks by migratetype, as /proc/pagetypeinfo prints them."""
         return pagetypeinfo(self.words)
 
     def check(self) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 from alloc.page import (
     ACTIVE,
     BUDDY,
+    FREE_SHIFT,
     HEAD,
+    HIGHATOMIC,
     LRU,
     LRU_HEAD,
     LRU_PAGES,
@@ -39,9 +41,18 @@ from alloc.page import (
     SLAB,
     SLAB_WORDS,
     TAIL,
+    TYPES,
+    W_BLOCK_ORDER,
+    W_BLOCK_TYPES,
+    W_BOOST,
+    W_BOOST_MAX,
     W_BUDDY_LOCK,
     W_FREE,
     W_FREE_HEAD,
+    W_FREE_HIGHATOMIC,
+    W_FREE_ORDERS,
+    W_FREE_TAIL,
+    W_HIGHATOMIC,
     W_LOWEST,
     W_LRU,
     W_LRU_LOCK,
@@ -64,6 +75,7 @@ def check(arena: Arena) -> None:
     assert int(arena.words[W_BUDDY_LOCK]) == 0, "the buddy lock is held"
     assert int(arena.words[W_LRU_LOCK]) == 0, "the LRU lock is held"
     _check_sum(arena)
+    _check_zone(arena)
     _check_pages(arena, _check_free_lists(arena), _check_rows(arena))
     _check_lru(arena)
     for slab in arena.slab_caches:
@@ -94,22 +106,54 @@ def _walk(arena: Arena, head: int, what: str) -> list[int]:
 
 def _check_free_lists(arena: Arena) -> dict[int, int]:
     """Free blocks by pfn with their order."""
-    words, pages = arena.words, arena.pages
+    words = arena.words
     free: dict[int, int] = {}
-    for order in range(ORDERS):
-        blocks = _walk(arena, int(words[W_FREE_HEAD + order]), f"free list {order}")
-        assert len(blocks) == int(words[W_NR_FREE + order]), f"count of free list {order}"
-        for pfn in blocks:
-            assert pfn % (1 << order) == 0, f"free block {pfn} of order {order} is not aligned"
-            assert int(pages.flags[pfn]) == BUDDY, f"flags of free block {pfn}"
-            assert int(pages.order[pfn]) == order, f"order of free block {pfn}"
-            apart = order < ORDERS - 1 and free.get(pfn ^ (1 << order)) == order
-            assert not apart, f"free block {pfn} of order {order} and its buddy are not merged"
-            free[pfn] = order
+    of_type: dict[int, int] = {}
+    for mt in range(TYPES):
+        for order in range(ORDERS):
+            blocks = _check_free_list(arena, mt, order)
+            free.update(dict.fromkeys(blocks, order))
+            of_type.update(dict.fromkeys(blocks, mt))
+    for pfn, order in free.items():
+        near = pfn ^ 1 << order
+        if order < ORDERS - 1 and free.get(near) == order:
+            apart = of_type[pfn] != of_type[near] and HIGHATOMIC in (of_type[pfn], of_type[near])
+            assert apart, f"free block {pfn} of order {order} and its buddy are not merged"
     assert all(pfn >= int(words[W_LOWEST]) for pfn in free), "a free block below W_LOWEST"
     total = sum(1 << order for order in free.values())
     assert total == int(words[W_FREE]), f"{total} pages on lists, {int(words[W_FREE])} counted"
+    kept = sum(1 << order for pfn, order in free.items() if of_type[pfn] == HIGHATOMIC)
+    assert kept == int(words[W_FREE_HIGHATOMIC]), "free pages of the high-atomic reserve"
     return free
+
+
+def _check_free_list(arena: Arena, mt: int, order: int) -> list[int]:
+    """One list, and that its blocks lie in pageblocks of its type."""
+    words, pages = arena.words, arena.pages
+    at = (mt << FREE_SHIFT) + order
+    name = f"free list {order} of type {mt}"
+    blocks = _walk(arena, int(words[W_FREE_HEAD + at]), name)
+    assert len(blocks) == int(words[W_NR_FREE + at]), f"count of {name}"
+    assert not blocks or blocks[-1] == int(words[W_FREE_TAIL + at]), f"tail of {name}"
+    assert bool(blocks) == bool(int(words[W_FREE_ORDERS + mt]) >> order & 1), f"bit of {name}"
+    for pfn in blocks:
+        assert pfn % (1 << order) == 0, f"free block {pfn} of order {order} is not aligned"
+        assert int(pages.flags[pfn]) == BUDDY, f"flags of free block {pfn}"
+        assert int(pages.order[pfn]) == order, f"order of free block {pfn}"
+        types = words[W_BLOCK_TYPES:][pfn >> int(words[W_BLOCK_ORDER]) :]
+        within = max(1 << order >> int(words[W_BLOCK_ORDER]), 1)
+        assert (types[:within] == mt).all(), f"free block {pfn} is on the list of type {mt}"
+    return blocks
+
+
+def _check_zone(arena: Arena) -> None:
+    """The boost, and the size of the high-atomic reserve."""
+    words = arena.words
+    assert 0 <= int(words[W_BOOST]) <= int(words[W_BOOST_MAX]), "the boost"
+    types = words[W_BLOCK_TYPES:]
+    assert ((types >= 0) & (types < TYPES)).all(), "a pageblock without type"
+    reserved = int(np.count_nonzero(types == HIGHATOMIC)) << int(words[W_BLOCK_ORDER])
+    assert reserved == int(words[W_HIGHATOMIC]), "pages of the high-atomic reserve"
 
 
 def _check_rows(arena: Arena) -> set[int]:

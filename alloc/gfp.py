@@ -12,7 +12,7 @@ a request that cannot fail into one that can.
 | RETRY_MAYFAIL | no     | all of it        | yes yes | none            | when little is left      |
 | NORETRY       | no     | one light round  | yes yes | none            | common                   |
 | NOWAIT        | no     | no, wakes kswapd | -       | none            | common                   |
-| ATOMIC        | no     | no, wakes kswapd | -       | half of `min`   | seldom                   |
+| ATOMIC        | no     | no, wakes kswapd | -       | 5/8 of `min`    | seldom                   |
 | NOFS, NOIO    | -      | NOIO: clean only | NO: off | irix: as NOFAIL | as without it            |
 | MEMALLOC      | -      | never            | -       | everything      | policy=linux: when empty |
 """
@@ -37,7 +37,14 @@ COSTLY_ORDER = 3  # larger requests are costly: Linux gives up on them after one
 
 FAILABLE = NOWAIT | NORETRY | RETRY_MAYFAIL
 SCOPED = NOIO | MEMALLOC
-ALL = NOIO | FAILABLE | MEMALLOC | ZERO | NOFAIL | ATOMIC
+
+# Where memory lies, not how it is obtained: among what can be evicted, or what a shrinker gives
+# back; by itself if neither is said.
+MOVABLE = 1 << 16
+RECLAIMABLE = 2 << 16
+MT_SHIFT = 16
+
+ALL = NOIO | FAILABLE | MEMALLOC | ZERO | NOFAIL | ATOMIC | MOVABLE | RECLAIMABLE
 
 _scope: ContextVar[int] = ContextVar("gfp_scope", default=0)
 current_scope = _scope.get

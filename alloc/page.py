@@ -47,6 +47,13 @@ OWNER_2 = 1 << 17
 OWNER_3 = 1 << 18
 PCP = 1 << 19  # head of a free block on a row's list
 
+# migratetypes, of pageblocks and (the first three) of requests
+UNMOVABLE = 0
+MOVABLE = 1
+RECLAIMABLE = 2
+HIGHATOMIC = 3
+TYPES = 4
+
 # a page that carries one of these may not be freed
 BUSY = RESERVED | BUDDY | DIRTY | WRITEBACK | LOCKED
 
@@ -56,6 +63,9 @@ W_MIN = 1
 W_LOW = 2
 W_HIGH = 3
 W_WAITERS = 4  # tasks that wait for memory
+W_PROMO = 5
+W_BLOCK_ORDER = 6  # of a pageblock
+W_BOOST_MAX = 7  # pages that fallbacks may add to `low` and `high`; 0: none
 # words: the buddy's line
 W_BUDDY_LOCK = 8
 W_FREE = 9  # free pages
@@ -63,8 +73,13 @@ W_FREED = 10  # blocks freed since the beginning: an event count
 W_PGALLOC = 11  # pages handed out and given back since the beginning
 W_PGFREE = 12
 W_LOWEST = 13  # no free block begins below this pfn
-W_FREE_HEAD = 16  # one list head per order
-W_NR_FREE = 32  # free blocks per order
+W_BOOST = 14  # pages that fallbacks added and kswapd has not made good yet
+W_FREE_HIGHATOMIC = 15  # free pages in pageblocks of the high-atomic reserve
+W_FREE_ORDERS = 16  # one for each migratetype: bit o says that its list of order o has blocks
+W_HIGHATOMIC = 20  # pages in pageblocks of the high-atomic reserve, free or not
+W_HIGHATOMIC_MAX = 21
+W_CLAIMED = 22  # pageblocks that changed their type for a request, since the beginning
+W_STOLEN = 23  # requests that took pages of a pageblock of another type
 # words: the LRU's line
 W_LRU_LOCK = 48
 W_LRU = 49  # head, tail, pages of the inactive list, then of the active list
@@ -93,7 +108,7 @@ W_KSWAPD = W_PCP + 3  # 1 while kswapd works
 W_ROWS = W_PCP + 8
 ROWS = 17
 PCP_ORDERS = 4
-MIGRATETYPES = 3  # those that have lists in a row
+MIGRATETYPES = 3  # those that requests have, and lists in a row
 P_LOCK = 0
 P_COUNT = 1  # pages on the row's lists
 P_HIGH = 2  # pages that it may have
@@ -111,9 +126,15 @@ Z_USED = 1  # whether it was used since the last refresh
 Z_OBJECTS = 2
 MAGAZINE_MAX = MAGAZINE_WORDS - Z_OBJECTS
 ROW_WORDS = P_MAGAZINES + SLAB_CACHES * MAGAZINE_WORDS
-NR_WORDS = W_ROWS + ROWS * ROW_WORDS
+# words: the buddy's lists, at 16 * migratetype + order each
+FREE_SHIFT = 4
+W_FREE_HEAD = W_ROWS + ROWS * ROW_WORDS
+W_FREE_TAIL = W_FREE_HEAD + (TYPES << FREE_SHIFT)
+W_NR_FREE = W_FREE_TAIL + (TYPES << FREE_SHIFT)
+# words: the migratetype of each pageblock, to the end
+W_BLOCK_TYPES = W_NR_FREE + (TYPES << FREE_SHIFT)
 LINE_BYTES = 64
-assert W_ROWS % 8 == ROW_WORDS % 8 == P_MAGAZINES % 8 == 0
+assert W_ROWS % 8 == ROW_WORDS % 8 == P_MAGAZINES % 8 == W_FREE_HEAD % 8 == 0
 
 Words = NDArray[np.int64]
 
@@ -166,9 +187,9 @@ def _aligned(count: int, kind: str) -> NDArray[Any]:
     return room[skip : skip + nbytes].view(kind)
 
 
-def make_words() -> Words:
-    """Control words, all zero."""
-    return _aligned(NR_WORDS, "i8")
+def make_words(nr_pageblocks: int) -> Words:
+    """Control words of an arena with so many pageblocks, all zero."""
+    return _aligned(W_BLOCK_TYPES + nr_pageblocks, "i8")
 
 
 def make_pages(nr_pages: int) -> Pages:

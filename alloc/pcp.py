@@ -34,22 +34,29 @@ from alloc.buddy import (
     FREED,
     FREED_AND_WAITERS,
     FREED_WHILE_BUSY,
+    MT_MASK,
+    MT_SHIFT,
     NOT_ALLOCATED,
+    RIGHTS_NONBLOCK,
     RIGHTS_QUEUED,
     STILL_USED,
     WOULD_BLOCK,
     give_chain,
+    is_low,
     passes_mark,
     take_chain,
 )
+from alloc.freelist import block_type
 from alloc.jit import helper, inlined, kernel
 from alloc.lru import BUDDY_ARGS, unlink_lru
 from alloc.page import (
     BUSY,
     HEAD,
+    HIGHATOMIC,
     LINE_BYTES,
     LRU,
     MIGRATETYPES,
+    MOVABLE,
     P_ALLOC_FACTOR,
     P_COUNT,
     P_FREE_COUNT,
@@ -262,7 +269,7 @@ def _take_bare(b, order, rights):
     _dress(b, pfn, order)
     b.flags[pfn] = HEAD
     b.refs[pfn] = 1
-    return -pfn if b.words[W_FREE] < b.words[W_LOW] else pfn
+    return -pfn if is_low(b.words) else pfn
 
 
 @helper
@@ -277,13 +284,14 @@ def _give_back_bare(b, pfn, order):
 
 
 @inlined
-def take(b, row, mt, order, rights):
+def take(b, row, order, rights):
     """As `buddy.take`, through the row's lists where there are lists for the order.
 
-    Whether the request may be served depends on the marks alone, not on what the row has.
+    A request that can not wait goes to the buddy, who keeps a reserve for it. Whether a request
+    may be served depends on the marks alone, not on what the row has.
     """
     words = b.words
-    if order >= PCP_ORDERS or rights & RIGHTS_QUEUED != 0:
+    if order >= PCP_ORDERS or rights & (RIGHTS_QUEUED | RIGHTS_NONBLOCK) != 0:
         return _take_bare(b, order, rights)
     if not passes_mark(words, order, rights):
         return np.int64(WOULD_BLOCK)
@@ -291,7 +299,7 @@ def take(b, row, mt, order, rights):
     if not spin_trylock(words, at + P_LOCK):
         return _take_bare(b, order, rights)
     words[at + P_FREE_COUNT] >>= 1
-    where = _list_at(at, mt, order)
+    where = _list_at(at, (rights >> MT_SHIFT) & MT_MASK, order)
     pfn = words[where]
     if pfn != 0:
         _pop(b, where, pfn)
@@ -305,12 +313,12 @@ def take(b, row, mt, order, rights):
         return np.int64(WOULD_BLOCK)
     b.flags[pfn] = HEAD
     b.refs[pfn] = 1
-    return -pfn if words[W_FREE] < words[W_LOW] else pfn
+    return -pfn if is_low(words) else pfn
 
 
 @inlined
-def give_back(b, row, mt, pfn):
-    """As `buddy.give_back`, to the row's list unless memory is short."""
+def give_back(b, row, pfn):
+    """As `buddy.give_back`, to the row's list for the pageblock's type unless memory is short."""
     words = b.words
     order = np.int64(b.order[pfn])
     if order >= PCP_ORDERS or words[W_FREE] < words[W_LOW] or load_acquire(words, W_WAITERS) > 0:
@@ -318,6 +326,9 @@ def give_back(b, row, mt, pfn):
     at = row_at(row)
     if not spin_trylock(words, at + P_LOCK):
         return _give_back_bare(b, pfn, order)
+    mt = block_type(words, pfn)
+    if mt == HIGHATOMIC:
+        mt = np.int64(MOVABLE)
     b.flags[pfn] = PCP
     _push(b, _list_at(at, mt, order), pfn)
     words[at + P_COUNT] += 1 << order
@@ -331,7 +342,7 @@ def give_back(b, row, mt, pfn):
 
 
 @inlined
-def put(b, row, mt, pfn):
+def put(b, row, pfn):
     """As `buddy.put`: drop a reference; the last one gives the block back through the row."""
     if b.flags[pfn] & HEAD == 0 or b.refs[pfn] <= 0:
         return NOT_ALLOCATED
@@ -345,7 +356,7 @@ def put(b, row, mt, pfn):
         spin_lock(b.words, W_LRU_LOCK)
         unlink_lru(b, pfn)
         spin_unlock(b.words, W_LRU_LOCK)
-    return give_back(b, row, mt, pfn)
+    return give_back(b, row, pfn)
 
 
 @helper
@@ -367,13 +378,13 @@ def decay(b, at):
         _relieve(b, at, 0, words[at + P_COUNT] - words[at + P_HIGH])
 
 
-@kernel(f"i8({BUDDY_ARGS}, i8, i8, i8, i8)")
-def alloc_block(words, flags, order, refs, lru_next, lru_prev, row, mt, want, rights):
-    """See `take`. The page allocator's fast path: one call."""
-    return take(Buddy(words, flags, order, refs, lru_next, lru_prev), row, mt, want, rights)
-
-
 @kernel(f"i8({BUDDY_ARGS}, i8, i8, i8)")
-def put_block(words, flags, order, refs, lru_next, lru_prev, row, mt, pfn):
+def alloc_block(words, flags, order, refs, lru_next, lru_prev, row, want, rights):
+    """See `take`. The page allocator's fast path: one call."""
+    return take(Buddy(words, flags, order, refs, lru_next, lru_prev), row, want, rights)
+
+
+@kernel(f"i8({BUDDY_ARGS}, i8, i8)")
+def put_block(words, flags, order, refs, lru_next, lru_prev, row, pfn):
     """See `put`: STILL_USED, FREED, FREED_AND_WAITERS, or a negative code for a caller's bug."""
-    return put(Buddy(words, flags, order, refs, lru_next, lru_prev), row, mt, pfn)
+    return put(Buddy(words, flags, order, refs, lru_next, lru_prev), row, pfn)

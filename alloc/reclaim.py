@@ -23,7 +23,9 @@ from alloc import lockdep
 from alloc.page import W_FREE, W_HIGH, W_KSWAPD, Words
 from alloc.shrinker import PRIORITY_FIRST, Shrinker, ShrinkerState
 from alloc.vmstat import VmStat
+from alloc.zone import take_boost
 
+BOOST_PRIORITY_LAST = 10
 MAX_RECLAIM_RETRIES = 16
 CLEANERS_BELOW_PRIORITY = 10
 KSWAPD_BACKOFF_S = 0.1
@@ -183,18 +185,26 @@ class Reclaim:
     def _note_in_vain(self, gfp: int) -> None:
         self._vain[gfp & gfp_flags.NOIO] = (self._kicks, trio.current_time())
 
-    def _balanced(self) -> bool:
-        return int(self._words[W_FREE]) >= int(self._words[W_HIGH]) and not self._waiting()
+    def _short(self, boost: int = 0) -> int:
+        """Pages that are missing to `high`, and to what a boost adds."""
+        return int(self._words[W_HIGH]) + boost - int(self._words[W_FREE])
+
+    def _balanced(self, boost: int = 0) -> bool:
+        return self._short(boost) <= 0 and not self._waiting()
 
     async def _balance(self) -> bool:
-        """One run of kswapd; whether it reached its aim."""
+        """One run of kswapd; whether it reached its aim.
+
+        The boost it found is made good from what is easily had: without cleaning, and without
+        looking at more than a part of everything. With this run it is over either way.
+        """
         self._vmstat.add("pageoutrun")
         priority = PRIORITY_FIRST
-        while not self._balanced():
-            short = int(self._words[W_HIGH]) - int(self._words[W_FREE])
-            target = max(short, SWAP_CLUSTER_MAX)
+        boost = int(take_boost(self._words))
+        while not self._balanced(boost):
+            target = max(self._short(boost), SWAP_CLUSTER_MAX)
             freed = self.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
-            if self._balanced():
+            if self._balanced(boost) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
                 break
             if freed < SWAP_CLUSTER_MAX:
                 if priority <= CLEANERS_BELOW_PRIORITY:

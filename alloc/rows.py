@@ -11,6 +11,7 @@ from alloc.page import (
     MAGAZINE_MAX,
     MAGAZINE_WORDS,
     P_COUNT,
+    P_HIGH,
     P_MAGAZINES,
     P_PGALLOC,
     P_PGFREE,
@@ -74,6 +75,13 @@ def pages_given_back(words: Words) -> int:
 def objects_in_magazines(words: Words, cache: int) -> int:
     """Objects of one slab cache in all magazines."""
     return _sum(words, P_MAGAZINES + cache * MAGAZINE_WORDS + Z_COUNT)
+
+
+def pages_in_rows(words: Words) -> list[tuple[int, int]]:
+    """For each row that was ever used: pages on its lists, and how many it may have."""
+    at = words[W_ROWS : W_ROWS + ROWS * ROW_WORDS].reshape(ROWS, ROW_WORDS)
+    rows: list[list[int]] = at[:, [P_COUNT, P_HIGH, P_PGALLOC, P_PGFREE]].tolist()
+    return [(count, high) for count, high, taken, given in rows if taken or given]
 
 
 def _sum(words: Words, what: int) -> int:

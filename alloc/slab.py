@@ -20,18 +20,21 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import count_trailing_zeros, mask64, spin_lock, spin_unlock
-from alloc.buddy import FREED, RIGHTS_LOWEST, WOULD_BLOCK, give_back, take
+from alloc.buddy import FREED, MT_SHIFT, WOULD_BLOCK, give_back, take
 from alloc.jit import helper, inlined
 from alloc.page import (
     HEAD,
     PAGE_SHIFT,
+    RECLAIMABLE,
     S_LOCK,
     S_OBJECTS,
     S_PARTIAL,
+    S_RECLAIMABLE,
     S_SHIFT,
     S_SLABS,
     SLAB,
     SLAB_WORDS,
+    UNMOVABLE,
     W_SLAB,
     Buddy,
 )
@@ -72,7 +75,8 @@ def _unlink_partial(s, at, pfn):
 @helper
 def _grow(s, cache, at, rights):
     """A new empty slab on the partial list; its pfn as `take` gives it, or WOULD_BLOCK."""
-    got = take(_buddy(s), 0, rights | RIGHTS_LOWEST)
+    mt = RECLAIMABLE if s.words[at + S_RECLAIMABLE] != 0 else UNMOVABLE
+    got = take(_buddy(s), 0, rights | mt << MT_SHIFT)
     if got == WOULD_BLOCK:
         return got
     pfn = abs(got)

@@ -2,9 +2,10 @@
 
 The order is Linux's. Wake kswapd; try the free lists under the marks that the flags allow; reclaim
 on one's own behalf (never with MEMALLOC: those are the ones whom reclaim waits for); try; give
-back what lists and grace periods keep; try. A request that the policy allows to fail, fails here.
-Any other wakes the cleaners, tries with half of the reserve if it holds others up (NOFAIL; NOFS
-where nothing may fail), sleeps until it is served or something happened, and begins again.
+back what lists, grace periods and the high-atomic reserve keep; try. A request that the policy
+allows to fail, fails here. Any other wakes the cleaners, tries with half of the reserve if it holds
+others up (NOFAIL; NOFS where nothing may fail), sleeps until it is served or something happened,
+and begins again.
 
 Unlike Linux's, requests that wait stand in line (`alloc/wait.py`): each try is a turn of the whole
 line, so a task may be served by another's reclaim. There is no memory to compact with yet.
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from alloc import stall
-from alloc.buddy import RIGHTS_ALL, RIGHTS_HALF, RIGHTS_MIN, RIGHTS_QUEUED
+from alloc.buddy import RIGHTS_ALL, RIGHTS_ATOMIC, RIGHTS_HALF, RIGHTS_MIN, RIGHTS_QUEUED
 from alloc.gfp import (
     ATOMIC,
     COSTLY_ORDER,
@@ -49,7 +50,7 @@ log = logging.getLogger("nofailfs.alloc")
 
 FAILURE_REPORTS_S = 10.0  # at most one report of a failure in this time
 HOLD_S = 1.0  # for how long a large request may keep others waiting while something is cleaned
-MARKS = {RIGHTS_MIN: "min", RIGHTS_HALF: "half", RIGHTS_ALL: "all"}
+MARKS = {RIGHTS_MIN: "min", RIGHTS_HALF: "half", RIGHTS_ATOMIC: "atomic", RIGHTS_ALL: "all"}
 
 _trace: ContextVar[list[str] | None] = ContextVar("slowpath_trace", default=None)
 
@@ -131,7 +132,7 @@ class SlowPath:
         if gfp & MEMALLOC:
             return RIGHTS_ALL
         if gfp & ATOMIC & ~NOWAIT:
-            return RIGHTS_HALF
+            return RIGHTS_ATOMIC
         helps = NOFAIL | NOFS if self._arena.policy.kind in ("irix", "inject") else NOFAIL
         return RIGHTS_HALF if stuck and gfp & helps else RIGHTS_MIN
 
@@ -168,6 +169,7 @@ class SlowPath:
         if held and held[-1]:
             return held[-1]
         self._drain()
+        self._arena.release_reserve(request.gfp)
         return self._try(request, rights)
 
     def _try(self, request: Request, rights: int) -> int:
@@ -215,6 +217,7 @@ class SlowPath:
             if self._served(ticket):
                 return True
         self._drain()
+        self._arena.release_reserve(ticket.gfp)
         return self._served(ticket)
 
     async def _sleep(self, ticket: Ticket, report_at: float) -> float:

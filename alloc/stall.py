@@ -18,8 +18,9 @@ import trio
 
 from alloc.buddy import RIGHTS_ALL, RIGHTS_HALF
 from alloc.gfp import describe
-from alloc.page import ORDERS, PAGE_SIZE, W_NR_FREE
+from alloc.page import PAGE_SIZE
 from alloc.wait import WHO, Ticket
+from alloc.zoneinfo import all_free_blocks
 
 if TYPE_CHECKING:
     from alloc.arena import Arena
@@ -44,7 +45,7 @@ def reason(arena: Arena, ticket: Ticket) -> str:
     mark = {RIGHTS_ALL: 0, RIGHTS_HALF: arena.marks.min // 2}.get(who, arena.marks.min)
     if arena.free_pages - ((1 << order) - 1) <= mark:
         return f"free pages at the mark of {mark}"
-    if not any(arena.words[W_NR_FREE + fitting] for fitting in range(order, ORDERS)):
+    if not any(all_free_blocks(arena.words)[order:]):
         return "no free block is as large"
     return "others came first"
 

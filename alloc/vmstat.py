@@ -12,22 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from alloc.page import (
     LRU_PAGES,
     LRU_STRIDE,
-    ORDER_MAX,
-    ORDERS,
     S_RECLAIMABLE,
     S_SLABS,
     SLAB_CACHES,
     SLAB_WORDS,
+    W_CLAIMED,
     W_FREE,
-    W_HIGH,
-    W_LOW,
+    W_FREE_HIGHATOMIC,
     W_LRU,
-    W_MIN,
-    W_NR_FREE,
     W_PAGES,
     W_PGALLOC,
     W_PGFREE,
     W_SLAB,
+    W_STOLEN,
     Words,
 )
 from alloc.rows import nr_pages_listed, pages_given_back, pages_handed_out
@@ -72,8 +69,11 @@ class VmStat(Mapping[str, int]):
             "nr_slab": lambda: nr_slab_pages(words, True) + nr_slab_pages(words, False),
             "nr_slab_reclaimable": lambda: nr_slab_pages(words, True),
             "nr_slab_unreclaimable": lambda: nr_slab_pages(words, False),
+            "nr_free_highatomic": lambda: int(words[W_FREE_HIGHATOMIC]),
             "nr_pcp_pages": lambda: nr_pages_listed(words),
             "pgalloc_normal": lambda: int(words[W_PGALLOC]) + pages_handed_out(words),
+            "pageblock_claimed": lambda: int(words[W_CLAIMED]),
+            "pageblock_stolen": lambda: int(words[W_STOLEN]),
             "pgfree": lambda: int(words[W_PGFREE]) + pages_given_back(words),
         }
 
@@ -117,12 +117,6 @@ def meminfo(words: Words, vmstat: VmStat) -> dict[str, int]:
     }
 
 
-def buddyinfo(words: Words) -> str:
-    """/proc/buddyinfo of one arena: free blocks of each order, one line."""
-    counts = (f"{int(words[W_NR_FREE + order]):6d}" for order in range(ORDERS))
-    return "Node 0, zone   Normal " + " ".join(counts)
-
-
 def meminfo_text(sizes: Mapping[str, int]) -> str:
     """Sizes in KiB as /proc/meminfo prints them."""
     return "".join(f"{name + ':':<15} {kib:8d} kB\n" for name, kib in sizes.items())
@@ -131,33 +125,3 @@ def meminfo_text(sizes: Mapping[str, int]) -> str:
 def vmstat_text(counts: Mapping[str, int]) -> str:
     """Counters as /proc/vmstat prints them."""
     return "".join(f"{name} {count}\n" for name, count in counts.items())
-
-
-def zoneinfo(words: Words, vmstat: VmStat) -> str:
-    """/proc/zoneinfo of one arena: its one zone, in pages."""
-    pages = int(words[W_PAGES])
-    rows = {
-        "min": int(words[W_MIN]),
-        "low": int(words[W_LOW]),
-        "high": int(words[W_HIGH]),
-        "spanned": pages,
-        "present": pages,
-        "managed": pages - 1,  # page 0 is never handed out
-    }
-    out = f"Node 0, zone   Normal\n  pages free     {int(words[W_FREE])}\n"
-    out += "".join(f"        {name:<8} {count}\n" for name, count in rows.items())
-    counters = ("nr_free_pages", "nr_inactive_file", "nr_active_file", "nr_slab")
-    return out + "".join(f"      {name:<12} {vmstat[name]}\n" for name in counters)
-
-
-def pagetypeinfo(words: Words) -> str:
-    """/proc/pagetypeinfo of one arena: all memory is of one type, and a block is the largest."""
-    orders = "".join(f"{order:6d} " for order in range(ORDERS))
-    counts = "".join(f"{int(words[W_NR_FREE + order]):6d} " for order in range(ORDERS))
-    free = f"Node {0:4d}, zone {'Normal':>8}, type {'Unmovable':>12} {counts}"
-    return (
-        f"Page block order: {ORDER_MAX}\nPages per block:  {1 << ORDER_MAX}\n\n"
-        f"{'Free pages count per migrate type at order':<43}{orders}\n{free}\n\n"
-        f"{'Number of blocks type':<23}{'Unmovable':>12}\n"
-        f"Node {0:d}, zone {'Normal':>8} {int(words[W_PAGES]) >> ORDER_MAX:12d}\n"
-    )

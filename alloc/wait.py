@@ -27,11 +27,11 @@ from typing import NamedTuple
 import outcome
 import trio
 
-from alloc.buddy import RIGHTS_MIN
+from alloc.buddy import RIGHTS_ATOMIC, RIGHTS_MIN
 
 POLL_S = 0.1
 PASSES_MAX = 32
-WHO = 3  # the bits of rights that say how far below `min` a request may go
+WHO = RIGHTS_ATOMIC | 3  # the bits of rights that say how far below `min` a request may go
 
 
 class Key(NamedTuple):

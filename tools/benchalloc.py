@@ -64,8 +64,8 @@ def page_pairs(words, flags, order, refs, lru_next, lru_prev, row, want, pairs):
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
     had = 0
     for _ in range(pairs):
-        pfn = abs(take(b, row, 0, want, RIGHTS_MIN))
-        had += put(b, row, 0, pfn) > 0
+        pfn = abs(take(b, row, want, RIGHTS_MIN))
+        had += put(b, row, pfn) > 0
     return had
 
 

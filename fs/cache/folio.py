@@ -183,7 +183,7 @@ class PageCache:
                 return 0
             self._give_node(node)
         # Readahead: a window that ends early costs nothing but a later read.
-        pfn = self.arena.try_alloc_folio(order, gfp.NORETRY)
+        pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE)
         if pfn is None:
             return 0
         if self._insert(handle, index, order, pfn, bits) < 0:
@@ -206,11 +206,11 @@ class PageCache:
         """A folio of at most `order`, and its order."""
         while order > self.order_min:
             # A smaller folio does as well, so a large one is worth one light round of reclaim.
-            pfn = self.arena.try_alloc_folio(order, gfp.NORETRY)
+            pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE)
             if pfn is not None:
                 return pfn, order
             order -= 1
-        return await self.arena.alloc_folio(self.order_min), self.order_min
+        return await self.arena.alloc_folio(self.order_min, gfp.MOVABLE), self.order_min
 
     async def _attach(self, handle: int, index: int, order: int, pfn: int, bits: int) -> bool:
         """Put a new folio in; False if its place is taken by now."""

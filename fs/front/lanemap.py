@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import load_acquire
-from alloc.buddy import FREED_AND_WAITERS, RIGHTS_LOW
+from alloc.buddy import FREED_AND_WAITERS, RIGHTS_LOW, RIGHTS_MOVABLE
 from alloc.jit import helper
 from alloc.lru import lru_touch
 from alloc.page import ACTIVE, LRU, REFERENCED, Buddy
@@ -109,13 +109,13 @@ def _buddy(l):
 @helper
 def take_folio(l, order):
     """A folio without touching what kswapd wants left, as `alloc.pcp.take` gives it."""
-    return take(_buddy(l), l.me[M_ROW], 0, order, RIGHTS_LOW)
+    return take(_buddy(l), l.me[M_ROW], order, RIGHTS_LOW | RIGHTS_MOVABLE)
 
 
 @helper
 def put_folio(l, pfn):
     """Drop a reference of a folio, maybe the last one."""
-    if put(_buddy(l), l.me[M_ROW], 0, pfn) == FREED_AND_WAITERS:
+    if put(_buddy(l), l.me[M_ROW], pfn) == FREED_AND_WAITERS:
         l.me[M_BELLS] |= B_MEMORY
 
 

@@ -78,7 +78,7 @@ class Front:
             self.slots[slot, S.S_ADDR] = await self._new_folio(order_of(S.SLOT_BYTES)) << 12
             buffers.give_slot(self.control, self.free_slots, slot)
         for _ in range(self.nr_payloads):
-            pfn = await self.vol.arena.alloc_folio(self.payload_order)
+            pfn = await self.vol.arena.alloc_folio(self.payload_order, gfp.MOVABLE)
             buffers.give_payload(self.control, self.free_payloads, pfn)
         await self.queues.start(self._new_folio)
         self._rooms = [await self._room(LANE_BYTES) for _ in range(self.nr_lanes + 1)]

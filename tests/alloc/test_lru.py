@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from alloc.arena import Arena
-from alloc.gfp import NOWAIT
+from alloc.gfp import MOVABLE, NOWAIT
 from alloc.page import ACTIVE, LRU, LRU_HEAD, LRU_STRIDE, W_LRU
 from tests.alloc.naive import NaiveLru
 
@@ -15,7 +15,7 @@ FOLIOS = 12
 
 
 def take(arena: Arena, order: int = 0) -> int:
-    pfn = arena.try_alloc_folio(order, NOWAIT)
+    pfn = arena.try_alloc_folio(order, NOWAIT | MOVABLE)
     assert pfn is not None
     return pfn
 

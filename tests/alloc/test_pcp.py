@@ -23,14 +23,16 @@ from alloc.page import (
     PCP,
     ROW_WORDS,
     ROWS,
+    W_BLOCK_ORDER,
+    W_BLOCK_TYPES,
     W_FREE,
     W_HIGH,
     W_KSWAPD,
-    W_NR_FREE,
     W_ROWS,
     W_WAITERS,
 )
 from alloc.watermarks import watermarks
+from alloc.zoneinfo import free_blocks
 
 # MiB, batch, high_min with four rows
 GOLDEN = ((16, 1, 40), (64, 3, 80), (256, 15, 160), (1024, 63, 321))
@@ -47,6 +49,11 @@ def test_sizes_are_the_kernels(mib: int, batch: int, high_min: int) -> None:
 def test_bounds_of_many_rows_leave_room_for_four_batches() -> None:
     assert rows.high_bounds(2048, watermarks(2048).low, ROWS) == (6, 15)
     assert rows.high_bounds(262144, 100, ROWS) == (252, 1927)
+
+
+def block_type(arena: Arena, pfn: int) -> int:
+    words = arena.words
+    return int(words[W_BLOCK_TYPES + (pfn >> int(words[W_BLOCK_ORDER]))])
 
 
 class NaiveRow:
@@ -80,17 +87,9 @@ class NaiveRow:
         n = n if n == 1 else max(n >> order, 2)
         return max(n, min(16, self.high - self.count) >> order)
 
-    def refill(self, order: int) -> int:
-        """Blocks that the buddy gives now."""
-        words, wanted = self.arena.words, self.refill_size(order)
-        free = int(words[W_FREE])
-        there = sum(int(words[W_NR_FREE + o]) << (o - order) for o in range(order, ORDER_MAX + 1))
-        taken = 0
-        while taken < min(wanted, there):
-            if taken and free - (1 << order) < words[W_HIGH]:
-                break
-            free, taken = free - (1 << order), taken + 1
-        return taken
+    def there(self, order: int, mt: int) -> bool:
+        """Whether the buddy has a block so large for the type."""
+        return any(free_blocks(self.arena.words, mt)[order:])
 
     def freed(self, order: int, mt: int) -> None:
         """After a block was put on its list."""
@@ -157,7 +156,7 @@ class RowMachine(RuleBasedStateMachine):
         pages = self.arena.nr_pages
         sizes = rows.batch_size(pages), *rows.high_bounds(pages, self.arena.marks.low, 2)
         self.rows = [NaiveRow(self.arena, *sizes) for _ in range(2)]
-        self.held: list[tuple[int, int, int]] = []
+        self.held: list[tuple[int, int]] = []
         self.free = pages - 1
 
     orders, types = st.integers(0, 5), st.integers(0, MIGRATETYPES - 1)
@@ -176,18 +175,19 @@ class RowMachine(RuleBasedStateMachine):
         wanted = 0
         if passes and order <= HIGH_ORDERS:
             model.free_count //= 2
-            wanted = 0 if blocks else model.refill(order)
-            passes = bool(blocks or wanted)
-        got = abs(pcp.alloc_block(*self.arena.buddy, row, mt, order, buddy.RIGHTS_MIN))
-        if order <= HIGH_ORDERS and passes:
-            assert got == blocks.pop() if blocks else got
-        elif not passes:
-            assert not got
-        if wanted:
+            wanted = 0 if blocks else model.refill_size(order)
+        passes = passes and bool(blocks or any(model.there(order, t) for t in range(MIGRATETYPES)))
+        got = abs(pcp.alloc_block(*self.arena.buddy, row, order, mt << buddy.MT_SHIFT))
+        assert bool(got) == passes
+        if got and blocks and order <= HIGH_ORDERS:
+            assert got == blocks.pop()
+        elif got and order <= HIGH_ORDERS:
             blocks += listed(self.arena, row, order, mt)
-            assert len(blocks) == wanted - 1
+            taken = len(blocks) + 1
+            enough = words[W_FREE] - (1 << order) < words[W_HIGH] or not model.there(order, mt)
+            assert taken == wanted or (taken < wanted and enough)
         if got:
-            self.held.append((got, order, mt))
+            self.held.append((got, order))
         return bool(got)
 
     @precondition(lambda self: self.held)
@@ -196,14 +196,15 @@ class RowMachine(RuleBasedStateMachine):
         some = self.held[::-every] if newest else self.held[::every]
         for block in some:
             self.held.remove(block)
-            pfn, order, mt = block
+            pfn, order = block
+            mt = block_type(self.arena, pfn)
             words, model = self.arena.words, self.rows[row]
             short = words[W_FREE] < self.arena.marks.low or words[W_WAITERS]
             if order <= HIGH_ORDERS and not short:
                 model.lists.setdefault((order, mt), []).append(pfn)
                 model.freed(order, mt)
             waiting = int(words[W_WAITERS])
-            code = pcp.put_block(*self.arena.buddy, row, mt, pfn)
+            code = pcp.put_block(*self.arena.buddy, row, pfn)
             assert code == (buddy.FREED_AND_WAITERS if waiting else buddy.FREED)
 
     @rule(works=st.booleans())
@@ -238,15 +239,15 @@ class RowMachine(RuleBasedStateMachine):
             assert words[at + P_HIGH] == model.high
             assert words[at + P_ALLOC_FACTOR] == model.factor
             assert words[at + P_FREE_COUNT] == model.free_count
-        held = sum(1 << order for _, order, _ in self.held)
+        held = sum(1 << order for _, order in self.held)
         assert arena.free_pages + held == arena.nr_pages - 1
         assert arena.vmstat["pgalloc_normal"] - arena.vmstat["pgfree"] == held
         arena.check()
 
     def teardown(self) -> None:
         self.arena.words[W_WAITERS] = 0
-        for pfn, _, mt in self.held:
-            pcp.put_block(*self.arena.buddy, 0, mt, pfn)
+        for pfn, _ in self.held:
+            pcp.put_block(*self.arena.buddy, 0, pfn)
         self.arena.drain_all()
         assert self.arena.words[W_FREE] == self.arena.nr_pages - 1
         self.arena.check()
@@ -297,10 +298,10 @@ def test_rows_do_not_share_the_lines_of_descriptors() -> None:
     arena = Arena(16 << 20)
     arena.set_lanes(2)
     assert all(array.ctypes.data % 64 == 0 for array in (*arena.pages, arena.words))
-    pfns = [abs(pcp.alloc_block(*arena.buddy, row, 0, 0, buddy.RIGHTS_MIN)) for row in range(3)]
+    pfns = [abs(pcp.alloc_block(*arena.buddy, row, 0, buddy.RIGHTS_MIN)) for row in range(3)]
     assert len({pfn // 16 for pfn in pfns}) == 3
     for row, pfn in enumerate(pfns):
-        pcp.put_block(*arena.buddy, row, 0, pfn)
+        pcp.put_block(*arena.buddy, row, pfn)
     arena.check()
     arena.close()
 

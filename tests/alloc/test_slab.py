@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from alloc.arena import SLAB_SIZES, Arena, Slab
-from alloc.gfp import MEMALLOC, NOWAIT
+from alloc.gfp import MEMALLOC, MOVABLE, NOWAIT
 from alloc.page import SLAB
 
 
@@ -113,25 +113,26 @@ def test_an_object_comes_back_zeroed(arena: Arena) -> None:
     slab.free(j)
 
 
-def test_slabs_gather_at_the_bottom(arena: Arena) -> None:
-    """Of the pages that are free in a full arena, each new slab takes the lowest."""
-    folios = []
-    while (pfn := arena.try_alloc_folio(0, NOWAIT)) is not None:
-        folios.append(pfn)
+def test_slabs_gather_in_pageblocks_and_at_the_bottom(arena: Arena) -> None:
+    """The first slabs get a pageblock; in an arena full of folios each takes the lowest page."""
     slab = arena.slab("pages", record(4096))
-    free = folios[7::20]
+    held = [take(slab) for _ in range(16)]
+    assert len({i // 16 for i in held}) == 1
+    folios = []
+    while (pfn := arena.try_alloc_folio(0, NOWAIT | MEMALLOC | MOVABLE)) is not None:
+        arena.lru.add(pfn)
+        folios.append(pfn)
+    free = sorted(folios)[7::20]
     for pfn in free:
         arena.put_folio(pfn)
         folios.remove(pfn)
-    held = [take(slab) for _ in range(10)]
-    assert held == sorted(free)[:10]
-    arena.put_folio(folios.pop(0))
-    held.append(take(slab))
-    assert held[-1] == 1
+    arena.drain_all()
+    more = [take(slab) for _ in range(10)]
+    assert more == free[:10]
     arena.check()
     for pfn in folios:
         arena.put_folio(pfn)
-    for i in held:
+    for i in held + more:
         slab.free(i)
 
 

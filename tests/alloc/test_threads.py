@@ -31,7 +31,7 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, row, se
         random = np.int64(state >> np.uint64(33))
         k = random % KEEP
         if held[k] == 0:
-            pfn = abs(pcp.take(b, row, (random >> 16) % 3, (random >> 8) % 5, buddy.RIGHTS_MIN))
+            pfn = abs(pcp.take(b, row, (random >> 8) % 5, ((random >> 16) % 3) << buddy.MT_SHIFT))
             held[k] = pfn
             if pfn != 0:
                 mem[pfn << 12] = np.uint8(seed)
@@ -44,14 +44,14 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, row, se
             for i in range(n):
                 taken = np.int64(out[i])
                 lru.lru_move(words, flags, order, refs, lru_next, lru_prev, taken, lru.ADD)
-                pcp.put(b, row, 0, taken)
-            pcp.put(b, row, 0, pfn)
-            if pcp.put(b, row, 0, pfn) < 0:
+                pcp.put(b, row, taken)
+            pcp.put(b, row, pfn)
+            if pcp.put(b, row, pfn) < 0:
                 errors += 1
             held[k] = 0
     for pfn in held:
         if pfn != 0:
-            pcp.put(b, row, 0, pfn)
+            pcp.put(b, row, pfn)
     return errors
 
 
