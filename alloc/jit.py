@@ -16,6 +16,7 @@ of one cache have crashed in numba.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -141,7 +142,20 @@ def _one_warmer() -> Iterator[None]:
         yield
 
 
-def warm(progress: Callable[[int, int], None] | None = None, without: str = "") -> int:
+def load(without: str = "") -> int:
+    """Load every registered kernel, and keep its machine code only; returns how many there are.
+
+    For a process that compiles nothing, because `warm` has filled the cache; what it compiles
+    nevertheless calls loaded kernels where it could contain them. `without`: as for `warm`.
+    """
+    count = warm(without=without, keep_ir=False)
+    ctypes.CDLL(None).malloc_trim(0)
+    return count
+
+
+def warm(
+    progress: Callable[[int, int], None] | None = None, without: str = "", keep_ir: bool = True
+) -> int:
     """Compile or load every registered kernel; returns how many there are.
 
     Those in modules whose names begin with `without` are left out, if it is given.
@@ -161,4 +175,17 @@ def warm(progress: Callable[[int, int], None] | None = None, without: str = "") 
             except Exception as error:
                 name = f"{dispatcher.__module__}.{dispatcher.__name__}"
                 raise RuntimeError(f"kernel {name} {signature} does not compile") from error
+            if not keep_ir:
+                _forget_ir(dispatcher)
     return len(wanted)
+
+
+def _forget_ir(dispatcher: Any) -> None:
+    """Free the intermediate code of a kernel that was loaded, 170 KiB on the average.
+
+    numba keeps it to inline the kernel where others that are compiled later call it. Given the
+    empty module that stands for loaded machine code they call that.
+    """
+    for compiled in dispatcher.overloads.values():
+        if compiled.library._shared_module is not None:
+            compiled.library._shared_module = compiled.library._final_module

@@ -1,0 +1,61 @@
+"""Loading compiled kernels: what is kept of them, and that they still serve who compiles more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alloc import jit
+from tests.source import ROOT
+
+# A process of its own: here others compile kernels for which the intermediate code is wanted.
+LATE = """
+from alloc.arena import Arena
+from alloc.buddy import get_page
+from alloc.jit import kernel
+
+arena = Arena(16 << 20)
+
+@kernel(lambda: (*arena.buddy, 1))
+def twice(words, flags, order, refs, following, preceding, pfn):
+    get_page(words, flags, order, refs, following, preceding, pfn)
+    return get_page(words, flags, order, refs, following, preceding, pfn)
+"""
+PROGRAM = """
+import resource, sys
+from alloc import jit
+import alloc.arena
+from alloc.gfp import NOWAIT
+how = sys.argv[1]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+count = jit.load() if how == "load" else jit.warm()
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+from late import arena, twice
+pfn = arena.try_alloc_folio(0, NOWAIT)
+print(twice(*arena.buddy, pfn), arena.pages.refs[pfn], grown // count)
+"""
+
+
+@pytest.mark.skipif(jit.DISABLED, reason="nothing is compiled")
+def test_loaded_kernels_take_less_and_can_be_called_by_new_ones(tmp_path: Path) -> None:
+    kib = {}
+    for how in ("warm", "load"):
+        place = tmp_path / how  # two places, two entries in the cache: it is compiled twice
+        place.mkdir()
+        (place / "late.py").write_text(LATE)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, how],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{place}"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        *result, kib[how] = map(int, done.stdout.split())
+        assert result == [2, 3]
+    print(f"\n  jit: {kib['load']} KiB a kernel, with what numba keeps {kib['warm']}")
+    assert kib["load"] < 0.95 * kib["warm"]
