@@ -33,9 +33,11 @@ from alloc.gfp import (
     NOFAIL,
     ZERO,
     current_scope,
+    effective,
 )
 from alloc.libc import zero
 from alloc.lru import Lru
+from alloc.mempool import Mempool
 from alloc.page import (
     ORDER_MAX,
     PAGE_SHIFT,
@@ -129,6 +131,7 @@ class Arena:
             lambda: self.reclaim.who,
         )
         self._slab_caches: dict[str, Slab] = {}
+        self.mempools: list[Mempool] = []
         self.set_policy(policy)
         self.closed = False
 
@@ -167,7 +170,7 @@ class Arena:
         """A folio if it can be had without waiting, as far as its flags let it try."""
         if not 0 <= order <= self.order_max:
             raise ValueError(f"a folio of order {order}: orders are 0 to {self.order_max}")
-        gfp |= current_scope()
+        gfp = effective(gfp)
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
@@ -433,7 +436,7 @@ class Slab:
 
     def try_alloc(self, gfp: int) -> int | None:
         """An object if it can be had without waiting, as far as its flags let it try."""
-        gfp |= current_scope()
+        gfp = effective(gfp)
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN

@@ -15,6 +15,7 @@ a request that cannot fail into one that can.
 | ATOMIC        | no     | no, wakes kswapd | -       | 5/8 of `min`    | seldom                   |
 | NOFS, NOIO    | -      | NOIO: clean only | NO: off | irix: as NOFAIL | as without it            |
 | MEMALLOC      | -      | never            | -       | everything      | policy=linux: when empty |
+| NOMEMALLOC    | -      | -                | -       | not MEMALLOC's  | as without it            |
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MEMALLOC = 32
 ZERO = 64
 NOFAIL = 128
 ATOMIC = 256 | NOWAIT
+NOMEMALLOC = 512  # a scope's MEMALLOC is not for this request; of try_* only
 
 COSTLY_ORDER = 3  # larger requests are costly: Linux gives up on them after one round
 
@@ -44,7 +46,7 @@ MOVABLE = 1 << 16
 RECLAIMABLE = 2 << 16
 MT_SHIFT = 16
 
-ALL = NOIO | FAILABLE | MEMALLOC | ZERO | NOFAIL | ATOMIC | MOVABLE | RECLAIMABLE
+ALL = NOIO | FAILABLE | MEMALLOC | ZERO | NOFAIL | ATOMIC | NOMEMALLOC | MOVABLE | RECLAIMABLE
 
 _scope: ContextVar[int] = ContextVar("gfp_scope", default=0)
 current_scope = _scope.get
@@ -102,7 +104,8 @@ def check(gfp: int) -> None:
 def effective(gfp: int) -> int:
     """The flags of a request as narrowed by the scopes of the current task."""
     check(gfp)
-    return gfp | _scope.get()
+    gfp |= _scope.get()
+    return gfp & ~MEMALLOC if gfp & NOMEMALLOC else gfp
 
 
 def describe(gfp: int) -> str:
@@ -115,6 +118,7 @@ def describe(gfp: int) -> str:
         ("NORETRY", NORETRY),
         ("RETRY_MAYFAIL", RETRY_MAYFAIL),
         ("MEMALLOC", MEMALLOC),
+        ("NOMEMALLOC", NOMEMALLOC),
         ("ZERO", ZERO),
     ):
         if gfp & bit:

@@ -18,6 +18,7 @@ import trio
 
 from alloc.buddy import RIGHTS_ALL, RIGHTS_HALF
 from alloc.gfp import describe
+from alloc.mempool import Waiter
 from alloc.page import PAGE_SIZE
 from alloc.wait import WHO, Ticket
 from alloc.zoneinfo import all_free_blocks
@@ -78,15 +79,22 @@ class Stalls:
         self._last = float("-inf")
 
     def waiters(self) -> list[str]:
-        """One line for each task that waits for memory, oldest first."""
-        now = trio.current_time()
-        return [self._line(ticket, now) for ticket in self._arena.queue.tickets()]
+        """A line for each task that waits for memory, oldest first, then those at mempools."""
+        lines = [
+            self._line(ticket, ticket.what, ticket.reason or "reclaims")
+            for ticket in self._arena.queue.tickets()
+        ]
+        for pool in self._arena.mempools:
+            reason = f"all {pool.in_use} elements are in use"
+            lines += [self._line(w, f"mempool:{pool.name}", reason) for w in pool.waiters()]
+        return lines
 
-    def _line(self, ticket: Ticket, now: float) -> str:
-        locks = ", ".join(self._arena.holders(ticket.owner)) or "nothing"
+    def _line(self, waiter: Ticket | Waiter, what: str, reason: str) -> str:
+        waited = trio.current_time() - waiter.since
+        locks = ", ".join(self._arena.holders(waiter.owner)) or "nothing"
         return (
-            f"{ticket.name} mode:{describe(ticket.gfp)} waits {now - ticket.since:.1f}s "
-            f"in {ticket.site}: {ticket.reason or 'reclaims'}; holds {locks}"
+            f"{waiter.owner.name} {what} mode:{describe(waiter.gfp)} waits {waited:.1f}s "
+            f"in {waiter.site}: {reason}; holds {locks}"
         )
 
     def report(self) -> None:
