@@ -58,16 +58,17 @@ def _older(arena: Arena, ticket: Ticket) -> list[Ticket]:
 def unreclaimable(arena: Arena) -> dict[str, int]:
     """Pages that reclaim cannot take as they are: dirty and in write-back, slabs, all else in use.
 
-    `pinned` is what is neither free, nor on the LRU, nor a slab: buffers, tables, log vectors.
+    `slab` leaves out the caches that a shrinker can empty. `pinned` is what is neither free, nor on
+    the LRU, nor a slab: buffers, tables, log vectors.
     """
     vmstat = arena.vmstat
-    slabs = vmstat["nr_slab"]
     listed = vmstat["nr_inactive_file"] + vmstat["nr_active_file"]
+    others = arena.free_pages + vmstat["nr_slab"] + listed
     return {
         "dirty": vmstat.get("nr_dirty", 0),
         "writeback": vmstat.get("nr_writeback", 0),
-        "slab": slabs,
-        "pinned": max(arena.nr_pages - 1 - arena.free_pages - slabs - listed, 0),
+        "slab": vmstat["nr_slab_unreclaimable"],
+        "pinned": max(arena.nr_pages - 1 - others, 0),
     }
 
 

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pyfuse3
-import trio
 
 from alloc.vmstat import meminfo_text, vmstat_text
 from fs.front import handles, sysctl
@@ -78,9 +77,7 @@ def shrinkers(vol: Volume) -> str:
 
 def waiters(vol: Volume) -> str:
     """A line for each task that waits for memory, oldest first; nothing when none does."""
-    now = trio.current_time()
-    tickets = vol.arena.queue.tickets()
-    return "".join(f"{ticket.name} waits since {now - ticket.since:.1f} s\n" for ticket in tickets)
+    return "".join(f"{line}\n" for line in vol.arena.waiters())
 
 
 def reports(vol: Volume) -> dict[str, Callable[[], str]]:

@@ -36,6 +36,8 @@ async def test_a_report_shows_the_whole_graph(
     arena.vmstat.add("nr_writeback", 3)
     slab = arena.slab("items", np.dtype([("page", "u8", (512,))]))
     item = slab.try_alloc(NOWAIT | MEMALLOC)
+    cached = arena.slab("cached", np.dtype([("page", "u8", (512,))]), reclaimable=True)
+    kept = cached.try_alloc(NOWAIT | MEMALLOC)
     pinned = [arena.try_alloc_folio(2, NOWAIT | MEMALLOC) for _ in range(2)]
     locks = {"writer": ["iolock 131", "ilock 131"]}
     arena.holders = lambda task: locks.get(task.name, [])
@@ -54,7 +56,7 @@ async def test_a_report_shows_the_whole_graph(
     assert memory == (
         f"memory: free {arena.free_pages} min {arena.marks.min} of 2048 pages; "
         f"unreclaimable: dirty {len(cache.folios)} writeback 3 slab 1 pinned 8; "
-        "slabs: items 1"
+        "slabs: items 1, cached 1"
     )
     assert writer == (
         "writer order:0 mode:ZERO waits 2.0s in tests.alloc.test_stall:wants: "
@@ -66,6 +68,7 @@ async def test_a_report_shows_the_whole_graph(
     )
     arena.vmstat.add("nr_dirty", -len(cache.folios))
     slab.free(item or 0)
+    cached.free(kept or 0)
     for pfn in pinned:
         arena.put_folio(pfn or 0)
 

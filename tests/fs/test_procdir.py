@@ -95,7 +95,8 @@ async def test_who_waits_is_listed(scratch: Path) -> None:
             await trio.sleep(0.2)
             (line,) = text(proc, "waiters").splitlines()
             assert "alloc_folio" in line
-            assert "order:10" in line
+            assert "order:10 mode:KERNEL waits 0." in line
+            assert line.endswith("; holds nothing")
             assert text(proc, "pressure/memory").startswith("some avg10=0.00 ")
             assert not text(proc, "pressure/memory").endswith("total=0\n")
             nursery.cancel_scope.cancel()
