@@ -302,7 +302,7 @@ class Arena:
         """Background reclaim; run it in the volume's nursery, cancel it at the end."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
-            await self.reclaim.kswapd()
+            await self.reclaim.background.run()
 
     async def _refresh(self) -> None:
         while True:
@@ -317,7 +317,7 @@ class Arena:
         if self.queue or self.words[W_FREE] < self.marks.low:
             self.queue.serve()
             self.reclaim.kick()
-            self.queue.nudge(everyone=not self.reclaim.kswapd_running)
+            self.queue.nudge(everyone=not self.reclaim.background.running)
 
     def set_watermarks(self, min_free_kbytes: int, scale_factor: int) -> None:
         """Other marks, from now on.

@@ -1,11 +1,10 @@
-"""Reclaim: who gets memory back, in the background and on behalf of a task that waits.
+"""Reclaim: passes over what can be freed, and direct reclaim, on behalf of a task that waits.
 
-kswapd runs when free memory falls below `low` and works until `high`. A task whose request cannot
-be served reclaims itself before it sleeps (direct reclaim). Both make passes over all shrinkers
-at priorities 12 down to 0; priority 0 looks at everything, twice, so a task sleeps only when
-there was nothing left to free. Memory that is dirty is not reclaim's to clean: when clean memory
-runs short it wakes the cleaners (flusher, metadata writer), and their progress comes back as
-`kick`.
+A task whose request cannot be served reclaims itself before it sleeps, kswapd (alloc/kswapd.py)
+before that becomes necessary. Both make passes over all shrinkers at falling priorities, direct
+reclaim from 12 to 0; priority 0 looks at everything, twice, so a task sleeps only when there was
+nothing left to free. Memory that is dirty is not reclaim's to clean: when clean memory runs short
+it wakes the cleaners (flusher, metadata writer), and their progress comes back as `kick`.
 
 Passes are synchronous and never allocate. Between passes the loop gets its turn, without a
 cancellation point. One pass runs at a time: a shrinker must not cause another.
@@ -14,22 +13,17 @@ cancellation point. One pass runs at a time: a shrinker must not cause another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import trio
 
 from alloc import gfp as gfp_flags
 from alloc import lockdep
-from alloc.page import W_FREE, W_HIGH, W_KSWAPD, Words
+from alloc.kswapd import CLEANERS_BELOW_PRIORITY, SWAP_CLUSTER_MAX, Kswapd
+from alloc.page import W_FREE, Words
 from alloc.shrinker import PRIORITY_FIRST, Shrinker, ShrinkerState
 from alloc.vmstat import VmStat
-from alloc.zone import take_boost
 
-BOOST_PRIORITY_LAST = 10
 MAX_RECLAIM_RETRIES = 16
-CLEANERS_BELOW_PRIORITY = 10
-KSWAPD_BACKOFF_S = 0.1
-SWAP_CLUSTER_MAX = 32
 VAIN_STEP = 3
 VAIN_S = 0.05
 
@@ -40,16 +34,13 @@ class Reclaim:
     def __init__(self, words: Words, vmstat: VmStat, waiting: Callable[[], int]) -> None:
         self._words = words
         self._vmstat = vmstat
-        self._waiting = waiting
+        self.background = Kswapd(self, words, vmstat, waiting)
         self._shrinkers: list[ShrinkerState] = []
         self._cleaners: list[Callable[[], None]] = []
-        self._wake = trio.Event()
-        self._kicked = trio.Event()
-        self._running = 0  # kswapd tasks
         self._kicks = 0
         self._vain: dict[int, tuple[int, float]] = {}  # by rights: kicks then, and when
         self._in_pass = False
-        self._scanned = 0  # objects that the last pass looked at
+        self.scanned = 0  # objects that the last pass looked at
         self.who = "direct"  # whose pass is running: the suffix of pgscan_ and pgsteal_
 
     def register_shrinker(self, shrinker: Shrinker, seeks: int, batch: int) -> None:
@@ -67,20 +58,14 @@ class Reclaim:
     def register_cleaner(self, wake: Callable[[], None]) -> None:
         self._cleaners.append(wake)
 
-    @property
-    def kswapd_running(self) -> bool:
-        return self._running > 0
-
-    def wake_kswapd(self) -> None:
-        """Free memory is below `low`. Cheap, and harmless when it is not so."""
-        if not self._wake.is_set():
-            self._wake.set()
+    def wake_kswapd(self, helpless: bool = False) -> None:
+        """Free memory is below `low`; see `Kswapd.wake`."""
+        self.background.wake(helpless)
 
     def kick(self) -> None:
         """Something became reclaimable: no more holding back."""
         self._kicks += 1
-        self._wake.set()
-        self._kicked.set()
+        self.background.kick()
 
     def wake_cleaners(self) -> None:
         if self._cleaners:
@@ -97,28 +82,31 @@ class Reclaim:
             validator.took(lockdep.FS_RECLAIM)
         self._in_pass = True
         self.who = who
-        self._scanned = 0
+        self.scanned = 0
         free_before = int(self._words[W_FREE])
         freed = 0
         try:
             for state in tuple(self._shrinkers):
                 nr_scanned, nr_freed = state.shrink(priority, gfp, target)
-                self._scanned += nr_scanned
+                self.scanned += nr_scanned
                 freed += nr_freed
         finally:
             self._in_pass = False
             if validator is not None:
                 validator.dropped(lockdep.FS_RECLAIM)
         gained = max(int(self._words[W_FREE]) - free_before, 0)
-        self._vmstat.add("slabs_scanned", self._scanned)
+        self._vmstat.add("slabs_scanned", self.scanned)
         self._vmstat.add(f"pgsteal_{who}", gained)
-        return max(freed, gained)
+        progress = max(freed, gained)
+        if progress:
+            self.background.failures = 0
+        return progress
 
     def light_round(self, gfp: int) -> int:
         """What NORETRY may do: passes at falling priority until one has looked at something."""
         for priority in range(PRIORITY_FIRST, -1, -1):
             freed = self.shrink_all(priority, gfp, "direct", SWAP_CLUSTER_MAX)
-            if self._scanned:
+            if self.scanned:
                 return freed
         return 0
 
@@ -159,19 +147,19 @@ class Reclaim:
             freed = self.shrink_all(priority, gfp, "direct", SWAP_CLUSTER_MAX << retries)
             yield priority, freed
             if priority > 0:
-                priority = self._next_priority(priority, freed)
+                priority = self.next_priority(priority, freed)
                 continue
             if not freed:
                 return
             retries += 1
             self._vmstat.add("allocstall_retries")
 
-    def _next_priority(self, priority: int, freed: int) -> int:
+    def next_priority(self, priority: int, freed: int) -> int:
         """After a pass that looked at something and freed nothing the next looks much further.
 
         So a vain round costs little more than its last pass.
         """
-        return max(priority - (VAIN_STEP if self._scanned and not freed else 1), 0)
+        return max(priority - (VAIN_STEP if self.scanned and not freed else 1), 0)
 
     def _in_vain(self, gfp: int) -> bool:
         """Whether a full round with these rights or more has just found nothing."""
@@ -184,61 +172,3 @@ class Reclaim:
 
     def _note_in_vain(self, gfp: int) -> None:
         self._vain[gfp & gfp_flags.NOIO] = (self._kicks, trio.current_time())
-
-    def _short(self, boost: int = 0) -> int:
-        """Pages that are missing to `high`, and to what a boost adds."""
-        return int(self._words[W_HIGH]) + boost - int(self._words[W_FREE])
-
-    def _balanced(self, boost: int = 0) -> bool:
-        return self._short(boost) <= 0 and not self._waiting()
-
-    async def _balance(self) -> bool:
-        """One run of kswapd; whether it reached its aim.
-
-        The boost it found is made good from what is easily had: without cleaning, and without
-        looking at more than a part of everything. With this run it is over either way.
-        """
-        self._vmstat.add("pageoutrun")
-        priority = PRIORITY_FIRST
-        boost = int(take_boost(self._words))
-        while not self._balanced(boost):
-            target = max(self._short(boost), SWAP_CLUSTER_MAX)
-            freed = self.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
-            if self._balanced(boost) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
-                break
-            if freed < SWAP_CLUSTER_MAX:
-                if priority <= CLEANERS_BELOW_PRIORITY:
-                    self.wake_cleaners()
-                if priority == 0 and not freed:
-                    self._note_in_vain(gfp_flags.KERNEL)
-                    return False
-                priority = self._next_priority(priority, freed)
-            await trio.lowlevel.checkpoint()
-        return True
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """While kswapd works, rows keep little (alloc/pcp.py)."""
-        self._words[W_KSWAPD] = 1
-        try:
-            yield
-        finally:
-            self._words[W_KSWAPD] = 0
-
-    async def kswapd(self) -> None:
-        """Background reclaim; runs until cancelled."""
-        self._running += 1
-        try:
-            with gfp_flags.memalloc():
-                while True:
-                    await self._wake.wait()
-                    self._wake, self._kicked = trio.Event(), trio.Event()
-                    with self._working():
-                        balanced = await self._balance()
-                    if not balanced:
-                        # Nothing can be freed now: requests below `low` keep waking us, and
-                        # each pass costs a look at everything, so let a cleaner get somewhere.
-                        with trio.move_on_after(KSWAPD_BACKOFF_S):
-                            await self._kicked.wait()
-        finally:
-            self._running -= 1

@@ -141,7 +141,7 @@ class SlowPath:
     def try_now(self, request: Request) -> int:
         """What a try_* request may do beyond its fast path, without waiting; 0 when in vain."""
         arena, gfp = self._arena, request.gfp
-        self._wake_kswapd()
+        self._wake_kswapd(gfp)
         rights = self.rights(gfp, stuck=False)
         got = self._try(request, rights | (RIGHTS_QUEUED if rights != RIGHTS_MIN else 0))
         if not got and not gfp & (NOWAIT | MEMALLOC):
@@ -208,7 +208,7 @@ class SlowPath:
 
     async def _round(self, ticket: Ticket) -> bool:
         """Everything short of sleeping; whether the ticket was served."""
-        self._wake_kswapd()
+        self._wake_kswapd(ticket.gfp)
         if self._served(ticket):
             return True
         if not ticket.gfp & MEMALLOC:
@@ -259,9 +259,9 @@ class SlowPath:
             self.queue.serve()
         return ticket.value != 0
 
-    def _wake_kswapd(self) -> None:
+    def _wake_kswapd(self, gfp: int) -> None:
         _note("wake_kswapd")
-        self._arena.reclaim.wake_kswapd()
+        self._arena.reclaim.wake_kswapd(helpless=gfp & MEMALLOC != 0)
 
     def _drain(self) -> None:
         """Memory that is neither free nor in use goes back to the free lists."""

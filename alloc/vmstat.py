@@ -38,6 +38,8 @@ NAMES = (
     "alloc_stall_reports",
     "try_alloc_failed",
     "pageoutrun",
+    "kswapd_low_wmark_hit_quickly",
+    "kswapd_high_wmark_hit_quickly",
     "pgsteal_kswapd",
     "pgsteal_direct",
     "pgscan_kswapd",
