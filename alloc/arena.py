@@ -24,6 +24,7 @@ import trio
 from numpy.typing import DTypeLike, NDArray
 
 from alloc import buddy, check, lockdep, magazine, pcp, rows, slab, zone
+from alloc.compaction import Compaction
 from alloc.gfp import (
     COSTLY_ORDER,
     FAILABLE,
@@ -129,6 +130,9 @@ class Arena:
             self.put_folio,
             self.slow.wanted_order,
             lambda: self.reclaim.who,
+        )
+        self.compaction = Compaction(
+            self.buddy, self.vmstat, self.drain_all, self.queue.serve_soon
         )
         self._slab_caches: dict[str, Slab] = {}
         self.mempools: list[Mempool] = []
@@ -299,9 +303,10 @@ class Arena:
         self.reclaim.register_cleaner(wake)
 
     async def kswapd(self) -> None:
-        """Background reclaim; run it in the volume's nursery, cancel it at the end."""
+        """Background reclaim and compaction; run it in the volume's nursery, and cancel it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
+            nursery.start_soon(self.compaction.kcompactd)
             await self.reclaim.background.run()
 
     async def _refresh(self) -> None:

@@ -122,7 +122,7 @@ def _find(b, order, rights):
 
 
 @helper
-def _carve(b, pfn, order):
+def carve(b, pfn, order):
     """Under the lock: take 2^order pages off a free block; what is left stays free."""
     found = np.int64(b.order[pfn])
     mt = block_type(b.words, pfn)
@@ -145,7 +145,7 @@ def take(b, order, rights):
     if pfn == 0:
         spin_unlock(words, W_BUDDY_LOCK)
         return np.int64(WOULD_BLOCK)
-    _carve(b, pfn, order)
+    carve(b, pfn, order)
     words[W_PGALLOC] += 1 << order
     if order > 0 and rights & RIGHTS_NONBLOCK != 0:
         reserve_block(b, pfn, order)
@@ -252,7 +252,7 @@ def take_chain(b, order, rights, nr, counted):
     if passes_mark(words, order, rights):
         pfn = _find(b, order, rights)
     while pfn != 0:
-        _carve(b, pfn, order)
+        carve(b, pfn, order)
         b.order[pfn] = order
         b.lru_prev[pfn] = last
         if last != 0:
