@@ -116,7 +116,7 @@ class Arena:
         buddy.build_free_lists(*self.buddy)
         assert self.free_pages == self.nr_pages - 1
         self.vmstat = VmStat(self.words)
-        self.rcu = Rcu()
+        self.rcu = Rcu(memory_bytes)
         self.pressure = Pressure()
         self.slow = SlowPath(self)
         self.queue = self.slow.queue
@@ -134,6 +134,9 @@ class Arena:
         self.compaction = Compaction(
             self.buddy, self.vmstat, self.drain_all, self.queue.serve_soon
         )
+        self.vmstat.gauge("rcu_deferred_bytes", lambda: self.rcu.deferred_bytes)
+        self.vmstat.gauge("rcu_expedited", lambda: self.rcu.expedited)
+        self.vmstat.gauge("rcu_stalls", lambda: self.rcu.stalls)
         self._slab_caches: dict[str, Slab] = {}
         self.mempools: list[Mempool] = []
         self.set_policy(policy)
@@ -306,6 +309,7 @@ class Arena:
         """Background reclaim and compaction; run it in the volume's nursery, and cancel it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
+            nursery.start_soon(self.rcu.reaper, lambda: bool(self.queue))
             nursery.start_soon(self.compaction.kcompactd)
             await self.reclaim.background.run()
 

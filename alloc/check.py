@@ -28,6 +28,7 @@ from alloc.page import (
     P_LISTS,
     P_LOCK,
     P_MAGAZINES,
+    PAGE_SIZE,
     PCP,
     PCP_ORDERS,
     RESERVED,
@@ -84,12 +85,15 @@ def check(arena: Arena) -> None:
 
 
 def _check_sum(arena: Arena) -> None:
-    """free + on rows' lists + allocated = arena, by the counters."""
+    """free + on rows' lists + allocated = arena, by the counters; what is deferred is allocated."""
     words = arena.words
     taken = int(words[W_PGALLOC]) + pages_handed_out(words)
     given = int(words[W_PGFREE]) + pages_given_back(words)
     parts = int(words[W_FREE]), nr_pages_listed(words), taken - given
     assert sum(parts) == arena.nr_pages - 1, "{} free, {} in rows, {} allocated".format(*parts)
+    deferred = arena.rcu.deferred_bytes
+    assert deferred == arena.rcu.pending_bytes(), "bytes that wait for a grace period"
+    assert deferred <= (taken - given) * PAGE_SIZE, f"{deferred} bytes deferred were freed already"
 
 
 def _walk(arena: Arena, head: int, what: str) -> list[int]:

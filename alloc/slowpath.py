@@ -266,7 +266,7 @@ class SlowPath:
     def _drain(self) -> None:
         """Memory that is neither free nor in use goes back to the free lists."""
         _note("drain")
-        self._arena.rcu.synchronize()
+        self._arena.rcu.expedite()
         self._arena.drain_all()
 
     def _fail(self, ticket: Ticket) -> None:

@@ -110,9 +110,13 @@ class Stalls:
         counts = " ".join(f"{name} {pages}" for name, pages in unreclaimable(arena).items())
         caches = sorted(arena.slab_caches, key=lambda cache: -cache.nr_slabs)[:SLABS_SHOWN]
         largest = ", ".join(f"{cache.name} {cache.nr_slabs}" for cache in caches)
+        grace = ""
+        if arena.rcu.pending:
+            readers = ", ".join(arena.rcu.readers()) or "nobody any more"
+            grace = f"\n  rcu: {arena.rcu.deferred_bytes} bytes wait for a grace period: {readers}"
         log.warning(
             "%s(%d) possible memory allocation deadlock size %d in %s (mode:%s), %d waiting\n"
-            "  memory: free %d min %d of %d pages; unreclaimable: %s; slabs: %s\n  %s",
+            "  memory: free %d min %d of %d pages; unreclaimable: %s; slabs: %s%s\n  %s",
             oldest.owner.name,
             os.getpid(),
             PAGE_SIZE << order,
@@ -124,5 +128,6 @@ class Stalls:
             arena.nr_pages,
             counts,
             largest or "none",
+            grace,
             "\n  ".join(self.waiters()),
         )

@@ -116,6 +116,7 @@ def meminfo(words: Words, vmstat: VmStat) -> dict[str, int]:
         "Slab": (reclaimable + unreclaimable) * KB_PER_PAGE,
         "SReclaimable": reclaimable * KB_PER_PAGE,
         "SUnreclaim": unreclaimable * KB_PER_PAGE,
+        "RcuDeferred": vmstat["rcu_deferred_bytes"] >> 10,  # not free, and part of the above
     }
 
 

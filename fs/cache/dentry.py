@@ -301,7 +301,7 @@ class DentryCache:
         """Know nothing of a name any more."""
         h = int(_remove(*self._state, dp.ino, dp.gen, name))
         if h:
-            self._arena.rcu.defer(self._slab.free, h)
+            self._arena.rcu.defer(self._slab.free, h, SIZE)
 
     # -- shrinker and figures -------------------------------------------------------------------
 
@@ -316,9 +316,8 @@ class DentryCache:
             out = self._found[:batch]
             n = int(_reclaim(*self._state, out, batch))
             if n:
-                self._arena.rcu.synchronize()
-            for h in out[:n].tolist():
-                self._slab.free(h)
+                self._arena.rcu.defer_all(self._slab.free, out[:n].tolist(), SIZE)
+                self._arena.rcu.expedite()
             freed, scanned = freed + n, scanned + batch
         return freed
 

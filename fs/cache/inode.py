@@ -153,6 +153,7 @@ class InodeCache:
         size = 1 << inode_log
         image = np.dtype([("bytes", "u1", (size,))])
         self._images = arena.slab(f"xfs_ifork-{size}", image, reclaimable=True)
+        self._bytes = INODE.itemsize + size  # of an inode in core
         self._stubs = Stubs(arena)
         self.table = self._slab.table
         self.fields = {name: self.table[name] for name in INODE.names or ()}
@@ -384,15 +385,14 @@ class InodeCache:
         out = self._idle[:count]
         n = records.drop_free(self.table, self._head, self.buckets, first_ino, out)
         assert n >= 0, f"an inode of the freed chunk at {first_ino} is in use"
-        for handle in out[:n].tolist():
-            self._arena.rcu.defer(self._free, handle)
+        self._arena.rcu.defer_all(self._free, out[:n].tolist(), self._bytes)
 
     def _drop(self, handle: int) -> None:
         """Take out an inode whose locks we hold; its memory goes after a grace period."""
         records.mark_clean(self.table, self._head, handle)
         records.lru_remove(self.table, self._head, handle)
         records.remove(self.table, self._head, self.buckets, handle)
-        self._arena.rcu.defer(self._free, handle)
+        self._arena.rcu.defer(self._free, handle, self._bytes)
 
     def _free(self, handle: int) -> None:
         self._images.free(int(self.fields["image"][handle]))
@@ -424,7 +424,6 @@ class InodeCache:
             records.remove(self.table, self._head, self.buckets, handle)
             gone.append(handle)
         if gone:
-            self._arena.rcu.synchronize()
-        for handle in gone:
-            self._free(handle)
+            self._arena.rcu.defer_all(self._free, gone, self._bytes)
+            self._arena.rcu.expedite()
         return len(gone)

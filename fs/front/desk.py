@@ -140,7 +140,6 @@ class Desk:
             vol.arena.kick()
         if bits & S.B_BUSY:
             self._latency.hasten()
-        vol.arena.rcu.reap()
 
     def _drain(self, nursery: trio.Nursery) -> None:
         """Take what is in the ring, but let other tasks have a turn if it fills all the time."""

@@ -87,6 +87,7 @@ class Front:
             me = self.lanes[number].me
             me[S.M_NUMBER] = self.vol.arena.rcu.register()
             me[S.M_ROW] = 1 + number if number < self.nr_lanes else TRIO
+        self.vol.arena.rcu.serves = self.serves
 
     async def _new_folio(self, order: int) -> int:
         pfn = await self.vol.arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
@@ -126,6 +127,17 @@ class Front:
             slot = self._unused.pop()
             self.slots[slot, S.S_ADDR] = pfn << 12
             buffers.give_slot(self.control, self.free_slots, slot)
+
+    def serves(self, reader: int) -> str:
+        """What the lane is at that RCU knows by this number; a look at moving words."""
+        for number, lane in enumerate(self.lanes):
+            slot = int(lane.me[S.M_SLOT])
+            if int(lane.me[S.M_NUMBER]) == reader and slot >= 0:
+                at = int(self.slots[slot, S.S_ADDR])
+                opcode = int(lane.m4[(at + W.H_OPCODE) >> 2])
+                name = W.NAMES.get(opcode, f"opcode {opcode}")
+                return f"lane {number} in {name} of inode {lane.m8[(at + W.H_NODEID) >> 3]}"
+        return f"reader {reader}"
 
     def give_back(self, slot: int) -> None:
         """A request is finished: its payload folio and its slot are free."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,11 +238,16 @@ async def test_inodes_come_and_go_under_lanes() -> None:
     world.arena.check()
 
 
+def at_once(free: Callable[[int], object], handles: Sequence[int], nbytes: int) -> None:
+    """What `defer_all` must not be."""
+    for handle in handles:
+        free(handle)
+
+
 async def test_without_grace_periods_lanes_lose_their_way(monkeypatch: Any) -> None:
     """The test above would notice: the same with records freed at once."""
     world = World(Arena(8 << 20))
-    monkeypatch.setattr(world.arena.rcu, "synchronize", lambda: None)
-    monkeypatch.setattr(world.arena.rcu, "defer", lambda free, handle: free(handle))
+    monkeypatch.setattr(world.arena.rcu, "defer_all", at_once)
     wrong, missed, _ = await hammered(world, lambda lanes: lanes.control[1] != 0)
     assert wrong + missed > 0
 
@@ -347,6 +352,6 @@ async def test_without_grace_periods_names_get_lost(monkeypatch: Any) -> None:
     """The test above would notice: the same with records freed at once."""
     names = Names(Arena(8 << 20))
     await names.start()
-    monkeypatch.setattr(names.arena.rcu, "defer", lambda free, handle: free(handle))
+    monkeypatch.setattr(names.arena.rcu, "defer_all", at_once)
     wrong, missed, _ = names.hammered(lambda lanes: lanes.control[1] != 0)
     assert wrong + missed > 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyfuse3
 import pytest
+import trio
 
 from alloc.jit import kernel
 from alloc.rcu import rcu_enter, rcu_exit
@@ -51,6 +52,15 @@ def serve(lane, op):
         code = lanename.serve_access(lane)
     rcu_exit(lane.rcu, lane.me[S.M_NUMBER])
     return code
+
+
+@kernel(lambda: (S.sample(), 1))
+def be_in_a_section(lane, inside):
+    """A lane that has got so far, or is out again."""
+    if inside:
+        rcu_enter(lane.rcu, lane.me[S.M_NUMBER])
+    else:
+        rcu_exit(lane.rcu, lane.me[S.M_NUMBER])
 
 
 def ask(desk: Desk, op: int, node: int, body: bytes = b"") -> tuple[int, int, bytes]:
@@ -151,6 +161,23 @@ async def ready(image: Path) -> AsyncIterator[tuple[Volume, Desk, Inode, dict[by
     """A volume with one of everything, a lane, and the root."""
     async with opened(image) as vol, a_desk(vol) as desk, using(vol) as dp:
         yield vol, desk, dp, await make_all(vol, dp)
+
+
+async def test_what_waits_for_a_lane_names_its_request(scratch: Path) -> None:
+    async with ready(support.mkfs(scratch)) as (vol, desk, dp, inos):
+        node = inos[b"fixed"]
+        vol.dentries.insert(dp, b"gone", 0, 0)
+        assert ask(desk, wire.GETATTR, node, bytes(16))[0] == S.ANSWERED
+        be_in_a_section(desk.lane, True)
+        before, rcu = vol.dentries.statistics()["entries"], vol.arena.rcu
+        vol.dentries.forget(dp, b"gone")
+        assert vol.dentries.statistics()["entries"] == before - 1
+        assert (rcu.pending, rcu.deferred_bytes) == (1, 128)
+        assert rcu.readers() == [f"lane 0 in getattr of inode {node}"]
+        be_in_a_section(desk.lane, False)
+        with trio.fail_after(5):
+            while rcu.pending:
+                await trio.sleep(0.001)
 
 
 @support.geometries
