@@ -67,7 +67,7 @@ from alloc.policy import IRIX, Injector, Policy
 from alloc.pressure import Pressure
 from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
-from alloc.shrinker import DEFAULT_SEEKS, SHRINK_BATCH, Shrinker
+from alloc.shrinker import DEFAULT_SEEKS, NO_NODE, SHRINK_BATCH, Shrinker
 from alloc.slabinfo import slabinfo
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
@@ -137,6 +137,7 @@ class Arena:
         self.vmstat.gauge("rcu_deferred_bytes", lambda: self.rcu.deferred_bytes)
         self.vmstat.gauge("rcu_expedited", lambda: self.rcu.expedited)
         self.vmstat.gauge("rcu_stalls", lambda: self.rcu.stalls)
+        self.register_shrinker(self.rcu)
         self._slab_caches: dict[str, Slab] = {}
         self.mempools: list[Mempool] = []
         self.set_policy(policy)
@@ -293,10 +294,17 @@ class Arena:
     # ---------------------------------------------------------------- reclaim
 
     def register_shrinker(
-        self, shrinker: Shrinker, seeks: int = DEFAULT_SEEKS, batch: int = SHRINK_BATCH
+        self,
+        shrinker: Shrinker,
+        seeks: int = DEFAULT_SEEKS,
+        batch: int = SHRINK_BATCH,
+        nid: int = NO_NODE,
     ) -> None:
-        """A cache that gives memory back on demand; called in the order of registration."""
-        self.reclaim.register_shrinker(shrinker, seeks, batch)
+        """A cache that gives memory back on demand; called in the order of registration.
+
+        nid: the node whose memory it is, of a cache that has one shrinker for each.
+        """
+        self.reclaim.register_shrinker(shrinker, seeks, batch, nid)
 
     def unregister_shrinker(self, shrinker: Shrinker) -> None:
         self.reclaim.unregister_shrinker(shrinker)

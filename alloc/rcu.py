@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from alloc.atomic import fetch_add, full_barrier, load_acquire, store_release
 from alloc.jit import helper, kernel
 from alloc.libc import monotonic_ns, sched_yield
+from alloc.shrinker import SHRINK_STOP
 from alloc.stall import STALL_S
 
 log = logging.getLogger("nofailfs.alloc")
@@ -111,6 +112,8 @@ def wait_for_sections(words, lanes, epoch, until_ns):
 
 class Rcu:
     """Grace periods of one arena of `memory_bytes`."""
+
+    name = "rcu"  # of the shrinker
 
     def __init__(self, memory_bytes: int) -> None:
         self.words: NDArray[np.int64] = np.zeros(RCU_WORDS, np.int64)
@@ -249,6 +252,13 @@ class Rcu:
             if end and freed % TIME_EVERY == 0 and time.monotonic_ns() > end:
                 break
         return freed
+
+    def count_objects(self) -> int:
+        return len(self._pending)
+
+    def scan_objects(self, nr: int, gfp: int) -> int:
+        """All that is due after a moment, whatever `nr` is; SHRINK_STOP when that is nothing."""
+        return self.expedite() or SHRINK_STOP
 
     # -- stalls ---------------------------------------------------------------------------------
 

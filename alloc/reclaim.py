@@ -20,7 +20,7 @@ from alloc import gfp as gfp_flags
 from alloc import lockdep
 from alloc.kswapd import CLEANERS_BELOW_PRIORITY, SWAP_CLUSTER_MAX, Kswapd
 from alloc.page import W_FREE, Words
-from alloc.shrinker import PRIORITY_FIRST, Shrinker, ShrinkerState
+from alloc.shrinker import NO_NODE, PRIORITY_FIRST, Shrinker, ShrinkerState
 from alloc.vmstat import VmStat
 
 MAX_RECLAIM_RETRIES = 16
@@ -43,9 +43,9 @@ class Reclaim:
         self.scanned = 0  # objects that the last pass looked at
         self.who = "direct"  # whose pass is running: the suffix of pgscan_ and pgsteal_
 
-    def register_shrinker(self, shrinker: Shrinker, seeks: int, batch: int) -> None:
+    def register_shrinker(self, shrinker: Shrinker, seeks: int, batch: int, nid: int) -> None:
         assert all(state.shrinker is not shrinker for state in self._shrinkers)
-        self._shrinkers.append(ShrinkerState(shrinker, seeks, batch))
+        self._shrinkers.append(ShrinkerState(shrinker, seeks, batch, nid))
 
     def unregister_shrinker(self, shrinker: Shrinker) -> None:
         self._shrinkers = [s for s in self._shrinkers if s.shrinker is not shrinker]
@@ -73,8 +73,8 @@ class Reclaim:
         for wake in self._cleaners:
             wake()
 
-    def shrink_all(self, priority: int, gfp: int, who: str, target: int) -> int:
-        """One pass over every shrinker, each up to `target` objects freed; progress made."""
+    def shrink_all(self, priority: int, gfp: int, who: str, target: int, nid: int = 0) -> int:
+        """One pass over every shrinker of a node, each up to `target` objects freed; progress."""
         if self._in_pass:
             return 0
         validator = None if gfp & gfp_flags.NOFS else lockdep.current
@@ -86,7 +86,7 @@ class Reclaim:
         free_before = int(self._words[W_FREE])
         freed = 0
         try:
-            for state in tuple(self._shrinkers):
+            for state in [s for s in self._shrinkers if s.nid in (NO_NODE, nid)]:
                 nr_scanned, nr_freed = state.shrink(priority, gfp, target)
                 self.scanned += nr_scanned
                 freed += nr_freed

@@ -4,6 +4,9 @@ A cache registers one. Counting and scanning are synchronous, never wait and nev
 take locks only by trying. A shrinker that would enter the filesystem returns 0 or SHRINK_STOP under
 NOFS.
 
+A cache that keeps its objects by node registers one shrinker for each node; a pass over a node asks
+those of that node and those that know no nodes. So what is deferred is deferred by node.
+
 The share is the kernel's formula. At priority p a cache of `freeable` objects is asked for
 delta = (freeable >> p) * 4 / seeks (half of it when seeks is 0), in batches; what is too little
 for a batch is deferred to the next pass. Priority starts at 12 and 0 scans everything twice,
@@ -19,6 +22,7 @@ SHRINK_BATCH = 128
 SHRINK_STOP = -1
 PRIORITY_FIRST = 12
 NO_TARGET = 1 << 62
+NO_NODE = -1  # the node of a cache that knows none
 
 
 class Shrinker(Protocol):
@@ -39,16 +43,21 @@ class Shrinker(Protocol):
 class ShrinkerState:
     """A registered shrinker and what earlier passes still owe it."""
 
-    __slots__ = ("batch", "deferred", "seeks", "shrinker")
+    __slots__ = ("batch", "deferred", "nid", "seeks", "shrinker")
 
     def __init__(
-        self, shrinker: Shrinker, seeks: int = DEFAULT_SEEKS, batch: int = SHRINK_BATCH
+        self,
+        shrinker: Shrinker,
+        seeks: int = DEFAULT_SEEKS,
+        batch: int = SHRINK_BATCH,
+        nid: int = NO_NODE,
     ) -> None:
         assert seeks >= 0
         assert batch > 0
         self.shrinker = shrinker
         self.seeks = seeks
         self.batch = batch
+        self.nid = nid
         self.deferred = 0
 
     def shrink(self, priority: int, gfp: int, target: int = NO_TARGET) -> tuple[int, int]:

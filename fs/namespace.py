@@ -227,6 +227,7 @@ async def unlink(vol: Volume, dp: Inode, name: bytes) -> None:
     links.check_directory(dp)
     if unlink_now(vol, dp, name):
         return
+    await vol.inodegc.throttle()
     async with vol.iolock(dp):
         if name in links.OWN_NAMES:
             raise IsADirectoryError(errno.EISDIR, f"{name!r} is a directory")
@@ -245,7 +246,7 @@ async def unlink(vol: Volume, dp: Inode, name: bytes) -> None:
 
 def unlink_now(vol: Volume, dp: Inode, name: bytes) -> bool:
     """The whole transaction, if nothing has to be waited for; errors are the general path's."""
-    if not vol.admits():
+    if not vol.admits() or vol.inodegc.crowded:
         return False
     at = quick.unlink(vol.resident, dp.handle, name, stamp.now())
     if at > 0:  # nobody uses it: have it freed
@@ -259,6 +260,7 @@ async def rmdir(vol: Volume, dp: Inode, name: bytes) -> None:
     links.check_directory(dp)
     if name in links.OWN_NAMES:
         raise OSError(errno.EINVAL if name == b"." else errno.ENOTEMPTY, f"cannot remove {name!r}")
+    await vol.inodegc.throttle()
     async with vol.iolock(dp):
         ip = await links.child(vol, dp, name)
         try:

@@ -74,6 +74,7 @@ async def rename(
     Raises OSError: ENOENT EEXIST EISDIR ENOTDIR ENOTEMPTY EINVAL EMLINK ENOSPC ...
     """
     _check_arguments(odp, oname, ndp, nname, flags)
+    await vol.inodegc.throttle()
     async with AsyncExitStack() as stack:
         if odp != ndp:
             await stack.enter_async_context(vol.dentries.rename_lock)

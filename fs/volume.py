@@ -14,7 +14,6 @@ space lock is one for all AGs: more would only overlap metadata reads.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -34,6 +33,7 @@ from fs.cache.inode import Inode, InodeCache
 from fs.cache.lock import LockTable, Mutex
 from fs.device.base import Device
 from fs.errors import Corrupt, ShutDown, UserError
+from fs.inodegc import InodeGc
 from fs.log import head
 from fs.log.transaction import Transaction
 from fs.space import Space
@@ -107,9 +107,7 @@ class Volume:
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
-        self._inactive: deque[Inode] = deque()
-        self._inactive_wake = trio.Event()
-        self._inactive_done = trio.Event()
+        self.inodegc = InodeGc(self)
         self._closing = False
         self.arena.holders = lockdep.held_by
         if lockdep.current is not None:
@@ -156,11 +154,12 @@ class Volume:
     async def _start(self, nursery: trio.Nursery) -> None:
         self.inodes.read_image = self._read_inode
         self.inodes.evict = self.pages.evict
-        self.inodes.start_inactivation = self._queue_inactivation
+        self.inodes.start_inactivation = self.inodegc.add
         await self.bufs.start()
         await self.inodes.start()
         await self.dentries.start()
         await self.pages.start()
+        self.inodegc.start()
         self.resident = resident.of_volume(
             self, RESIDENT_KINDS, inode.limits(self.geo), inode.new_flags2(self.geo)
         )
@@ -173,7 +172,7 @@ class Volume:
             await self._set_needsrepair(True)
             nursery.start_soon(self._in_background, self._metadata_writer)
             nursery.start_soon(self._in_background, self.flusher.run)
-        nursery.start_soon(self._in_background, self._inodegc)
+        nursery.start_soon(self._in_background, self.inodegc.run)
 
     async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run a task for the volume's life; a bug in it is a shutdown, not the mount's death.
@@ -277,7 +276,7 @@ class Volume:
         )
         self.wake_metadata()
         self._metadata_done.set()
-        self._inactive_done.set()
+        self.inodegc.give_up()
 
     def check_alive(self) -> None:
         """Raises ShutDown after a shutdown."""
@@ -428,43 +427,9 @@ class Volume:
         finally:
             self.bufs.release(buf.handle)
 
-    def _queue_inactivation(self, ip: Inode) -> None:
-        """Free an unlinked inode without users: now if that is all there is to do, else in turn."""
-        if namespace.free_now(self, ip):
-            self.inodes.put(ip)
-            return
-        self._inactive.append(ip)
-        self._inactive_wake.set()
-
-    async def _inodegc(self) -> None:
-        """Free unlinked inodes whose last user has gone, one after the other."""
-        while True:
-            await self._inactive_wake.wait()
-            self._inactive_wake = trio.Event()
-            while self._inactive:
-                await self._inactivate(self._inactive[0])
-                self._inactive.popleft()
-                done, self._inactive_done = self._inactive_done, trio.Event()
-                done.set()
-
-    async def _inactivate(self, ip: Inode) -> None:
-        async def free() -> None:
-            await namespace.inactivate(self, ip)
-
-        try:
-            if not self.shut_down and not self.read_only:
-                with trio.CancelScope(shield=True):
-                    await enomem.insist(self, free, f"inode {ip.ino} could not be freed")
-        except OSError as error:
-            if not self.shut_down:
-                self.log.error("inode %d could not be freed: %s; run xfs_repair", ip.ino, error)
-        finally:
-            self.inodes.put(ip)
-
-    async def drain_inactive(self, backlog: int = 0) -> None:
-        """Wait until at most `backlog` unlinked inodes are left to free."""
-        while len(self._inactive) > backlog and not self.shut_down:
-            await self._inactive_done.wait()
+    async def drain_inactive(self) -> None:
+        """Wait until every unlinked inode without users is free."""
+        await self.inodegc.drain()
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -476,7 +441,7 @@ class Volume:
             "dirty_metadata_bytes": self.bufs.dirty_bytes,
             "dirty_inodes": self.inodes.dirty_count,
             "running_transactions": self._running,
-            "inactive_inodes": len(self._inactive),
+            "inactive_inodes": len(self.inodegc),
         }
 
 

@@ -33,6 +33,7 @@ from alloc.jit import helper, kernel
 from alloc.magazine import object_alloc
 from alloc.page import Slabs
 from alloc.rows import TRIO
+from alloc.shrinker import SHRINK_STOP
 from fs.cache.lock import Mutex
 from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove
 from fs.xfs.danode import hash_bytes
@@ -309,7 +310,9 @@ class DentryCache:
         return self._arena.vfs_count(int(self._head[H_COUNT]))
 
     def scan_objects(self, nr: int, gfp_flags: int) -> int:
-        """Drop up to `nr` cold entries; never waits."""
+        """Drop up to `nr` cold entries; never waits. Not for who is in the filesystem already."""
+        if gfp_flags & gfp.NOFS:
+            return SHRINK_STOP
         freed, scanned = 0, 0
         while scanned < nr:
             batch = min(RECLAIM_BATCH, nr - scanned)

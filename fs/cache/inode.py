@@ -26,6 +26,7 @@ import trio
 
 from alloc import gfp, lockdep
 from alloc.arena import Arena
+from alloc.shrinker import SHRINK_STOP
 from fs.cache import inodetable as records
 from fs.cache.incore import (
     INODE,
@@ -402,7 +403,12 @@ class InodeCache:
         return self._arena.vfs_count(int(self._head[records.H_IDLE]))
 
     def scan_objects(self, nr: int, gfp_flags: int) -> int:
-        """Free idle clean inodes from the cold end, looking at up to `nr`; never waits."""
+        """Free idle clean inodes from the cold end, looking at up to `nr`; never waits.
+
+        Not for who is in the filesystem already: dropping an inode takes its locks and its folios.
+        """
+        if gfp_flags & gfp.NOFS:
+            return SHRINK_STOP
         freed, looked_at = 0, 0
         while looked_at < nr:
             batch = min(RECLAIM_BATCH, nr - looked_at)

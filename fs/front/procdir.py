@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import pyfuse3
 
+from alloc.shrinker import NO_NODE
 from alloc.vmstat import meminfo_text, vmstat_text
 from fs.front import handles, sysctl
 from fs.front.attrs import CACHE_SECONDS, PAGE_SIZE
@@ -67,11 +68,11 @@ class Node:
 
 def shrinkers(vol: Volume) -> str:
     """A line for each cache that gives memory back, under the names of the kernel's structures."""
-    out = f"{'# name':<16} {'count':>10} {'seeks':>6} {'batch':>6} {'nr_deferred':>12}\n"
+    out = f"{'# name':<16} {'count':>10} {'seeks':>6} {'batch':>6} {'nr_deferred':>12}  node\n"
     for known in vol.arena.reclaim.shrinkers:
         count = known.shrinker.count_objects()
         out += f"{known.shrinker.name:<16} {count:10d} {known.seeks:6d} {known.batch:6d}"
-        out += f" {known.deferred:12d}\n"
+        out += f" {known.deferred:12d} {'-' if known.nid == NO_NODE else known.nid:>5}\n"
     return out
 
 

@@ -15,7 +15,7 @@ import trio
 
 from alloc import atomic, rcu
 from alloc.arena import Arena
-from alloc.gfp import NOWAIT
+from alloc.gfp import NOFS, NOWAIT
 from alloc.jit import DISABLED, probe
 from alloc.rcu import BLIMIT, Rcu, rcu_enter, rcu_exit
 from tests.conftest import AllowLogs
@@ -190,6 +190,20 @@ def test_an_expedited_grace_period_ends_in_any_case() -> None:
             time.sleep(0.001)
         assert grace.expedite() == 1
     assert (freed, grace.expedited) == ([1], 2)
+
+
+def test_its_shrinker_frees_what_is_due(arena: Arena) -> None:
+    freed, rcu = Freed(), arena.rcu
+    (state,) = [s for s in arena.reclaim.shrinkers if s.shrinker is rcu]
+    lane = rcu.register()
+    enter(rcu.words, lane)
+    rcu.defer_all(freed, range(50), 64)
+    assert rcu.count_objects() == 50
+    assert (state.shrink(1, NOFS), state.deferred) == ((0, 0), 50), "SHRINK_STOP: nothing is due"
+    leave(rcu.words, lane)
+    assert state.shrink(1, NOFS) == (75, 50), "with half of what was deferred"
+    assert freed == list(range(50))
+    rcu.unregister(lane)
 
 
 def test_bytes_are_counted_and_batches_follow_them() -> None:

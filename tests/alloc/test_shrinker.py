@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alloc.shrinker import SHRINK_STOP, ShrinkerState
+from alloc.arena import Arena
+from alloc.shrinker import NO_NODE, NO_TARGET, SHRINK_STOP, ShrinkerState
 from tests.alloc.naive import shrink
 
 
@@ -47,12 +48,38 @@ def test_golden(freeable: int, priority: int, scanned: int, deferred: int) -> No
     assert state.deferred == deferred
 
 
-def test_a_cache_one_short_of_its_batch_defers_and_then_scans_once() -> None:
-    """freeable 4096, seeks 0, batch 2049: the first pass defers 2048, the next one scans."""
+@pytest.mark.parametrize(
+    ("priorities", "passes"),
+    [
+        ([12, 11, 10], [(0, 2048), (2049, 2047), (2049, 2046)]),
+        ([12, 12, 12], [(0, 2048), (0, 4096), (2049, 4095)]),
+    ],
+)
+def test_a_cache_one_short_of_its_batch(
+    priorities: list[int], passes: list[tuple[int, int]]
+) -> None:
+    """freeable 4096, seeks 0, batch 2049: the first pass only defers, a later one scans once."""
     state = ShrinkerState(Counter(4096), seeks=0, batch=2049)
-    assert state.shrink(12, 0) == (0, 0)
-    assert state.deferred == 2048
-    assert state.shrink(11, 0) == (2049, 0)
+    seen = []
+    for priority in priorities:
+        scanned, _ = state.shrink(priority, 0)
+        seen.append((scanned, state.deferred))
+    assert seen == passes
+
+
+async def test_a_pass_over_a_node_asks_its_caches_and_those_of_no_node(arena: Arena) -> None:
+    """What is deferred on one node is not asked for on another."""
+    caches = [Counter(10_000) for _ in range(3)]
+    for nid, cache in zip((0, 1, NO_NODE), caches, strict=True):
+        arena.register_shrinker(cache, nid=nid)
+    on_node = {state.nid: state for state in arena.reclaim.shrinkers if state.shrinker in caches}
+    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET, nid=1)
+    assert [cache.scanned for cache in caches] == [0, 256, 256]
+    assert [on_node[nid].deferred for nid in (0, 1, NO_NODE)] == [0, 56, 56]
+    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET)
+    assert [cache.scanned for cache in caches] == [256, 256, 512]
+    for cache in caches:
+        arena.unregister_shrinker(cache)
 
 
 @given(
