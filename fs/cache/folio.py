@@ -31,7 +31,7 @@ from fs.xfs import layout as L
 from fs.xfs.extents import REC_BYTES
 from fs.xfs.inode import DATA, levels_max
 from writeback.dirty import Dirty
-from writeback.ioend import PAGES_MAX, Ioend, IoendPool
+from writeback.ioend import FOLIOS_MAX, Ioend, IoendPool
 from writeback.mapping import LISTED
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ PAGE_LOG = 12
 PAGE_SIZE = 1 << PAGE_LOG
 ORDER_MAX = 9  # 2 MiB: the largest folio of a file
 ORDER_SHARE = 64  # a folio is at most 1/64 of memory
-IOENDS = 8
 SPARE_NODES = 64
 PATH_NODES = 20  # nodes that an insertion may want: twice the height of the highest tree
 SCAN_BATCH = 128  # folios that one look of reclaim takes
@@ -88,12 +87,12 @@ class PageCache:
         self.maps = vol.inodes.table["mapping"]
         self.columns = {name: self.maps[name] for name in self.maps.dtype.names or ()}
         self.dirty = Dirty(self._dirtyable)
-        self.ioends = IoendPool(IOENDS)
+        self.ioends = IoendPool(arena, 1 << self.order_max)
         self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
         self.hint = np.zeros(4, np.int64)  # what copy kernels tell beside their result
         self.runs = np.zeros((2048, 2), np.int64)
         self._gang = np.zeros(256, np.int64)
-        self._rotate = np.zeros(PAGES_MAX, np.int64)
+        self._rotate = np.zeros(FOLIOS_MAX, np.int64)
         self._verdicts = np.zeros(4096, np.int64)
         self._freed = np.zeros(10 * 4096, np.uint32)
         self._spare = np.zeros(SPARE_NODES, np.uint32)
@@ -108,6 +107,7 @@ class PageCache:
     async def start(self) -> None:
         """Take the memory that must be there before the first page is dirtied."""
         await self._refill(PATH_NODES)
+        await self.ioends.pool.fill()
         self.arena.register_shrinker(self)
         self.arena.vmstat.gauge("nr_dirty", lambda: self.dirty.nr_dirty)
         self.arena.vmstat.gauge("nr_writeback", lambda: self.dirty.nr_writeback)
@@ -370,8 +370,7 @@ class PageCache:
         return int(
             gather.gather(
                 *self._tagged, p.blocks, p.refs, self.dirty.counts, self.root(handle),
-                self.block_log, index, last, tag, int(wait), PAGES_MAX, ioend.folios, ioend.runs,
-                ioend.meta,
+                self.block_log, index, last, tag, int(wait), ioend.folios, ioend.runs, ioend.meta,
             )  # fmt: skip
         )
 

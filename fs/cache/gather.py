@@ -126,25 +126,24 @@ def _start_writeback(m4, m8, flags, orders, indices, refs, counts, root, pfn):
 
 @kernel(
     "i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], u4[::1], i4[::1], i8[::1], i8, i8, i8, i8,"
-    " i8, i8, i8, i8[::1], i8[:, ::1], i8[::1])"
+    " i8, i8, i8[::1], i8[:, ::1], i8[::1])"
 )
 def gather(
     m4, m8, flags, orders, indices, blocks, refs, counts, root, block_log, index, last, tag,
-    wait, pages_max, folios, runs, meta,
+    wait, folios, runs, meta,
 ):  # fmt: skip
     """Move tagged folios from [index, last] to write-back until the batch is full.
 
-    meta: folios, runs, pages, next index, the file's size that goes with the content. Returns 0,
-    or, with `wait`, a folio already under write-back that has to end first (nothing was gathered
-    then). Without `wait` such folios are passed over.
+    A batch has at most `folios.size` pages, and an empty one has room for any folio. meta, zeroed:
+    folios, runs, pages, next index, the file's size that goes with the content. Returns 0, or, with
+    `wait`, a folio already under write-back that has to end first (nothing was gathered then).
+    Without `wait` such folios are passed over.
     """
-    folio_runs = (4096 << 9) >> block_log
-    meta[:] = 0
     meta[3] = index
     answer = np.int64(0)
     spin_lock(m4, root + R_LOCK)
     meta[4] = np.int64(m8[((root - I4_MAPPING) >> 1) + I8_SIZE])
-    while meta[0] < folios.size and meta[1] + folio_runs <= runs.shape[0]:
+    while meta[2] < folios.size:
         pfn = next_entry(m4, m8, orders, root, meta[3], last, tag)
         if pfn == 0:
             meta[3] = last + 1
@@ -157,7 +156,7 @@ def gather(
                 break
             meta[3] = indices[pfn] + pages
             continue
-        if meta[2] > 0 and meta[2] + pages > pages_max:
+        if meta[2] + pages > folios.size or meta[1] + (pages << 12 >> block_log) > runs.shape[0]:
             break
         _start_writeback(m4, m8, flags, orders, indices, refs, counts, root, pfn)
         meta[1] = _dirty_runs(orders, indices, blocks, pfn, block_log, runs, meta[1])

@@ -38,6 +38,7 @@ class SlowImage(ImageFile):
         self.fail_writes = False
         self.reads: list[tuple[int, int]] = []  # (offset, bytes)
         self.writes: list[tuple[int, int]] = []
+        self.before_write: Callable[[], object] = lambda: None
 
     async def read(self, offset: int, views: Views) -> None:
         self.reads.append((offset, sum(len(v) for v in views)))
@@ -50,6 +51,7 @@ class SlowImage(ImageFile):
 
     async def write(self, offset: int, views: Views) -> None:
         self.writes.append((offset, sum(len(v) for v in views)))
+        self.before_write()
         if self.fail_writes:
             raise OSError(errno.EIO, "the device failed, as it was told to")
         await super().write(offset, views)

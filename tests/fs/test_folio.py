@@ -327,16 +327,18 @@ def test_gather_takes_every_dirty_block_once(block_log: int, orders: list[int], 
     for block in dirty:
         cache.change(block, block + 1, blocks.RESERVED, 0, 0)
         assert cache.copy_in(block << block_log, b"x" * (1 << block_log)) == 1 << block_log
-    folios, runs = np.zeros(64, np.int64), np.zeros((4096, 2), np.int64)
+    room = 32 << 12 >> block_log  # of the largest folio, were each block a run
+    folios, runs = np.zeros(32, np.int64), np.zeros((room, 2), np.int64)
     meta, rotate = np.zeros(5, np.int64), np.zeros(64, np.int64)
     cache.m8[I8_SIZE] = seed
     got: list[int] = []
     index = 0
     tagged = (cache.m4, cache.m8, cache.flags, cache.orders, cache.indices)
     while True:
+        meta[:] = 0
         code = gather.gather(
             *tagged, cache.blocks, cache.refs, cache.counts, cache.root, block_log, index,
-            1 << 40, radix.DIRTY, 0, 16, folios, runs, meta,
+            1 << 40, radix.DIRTY, 0, folios, runs, meta,
         )  # fmt: skip
         assert code == 0
         if not meta[0]:

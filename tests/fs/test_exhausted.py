@@ -1,0 +1,140 @@
+"""Cleaning without memory: it goes on, on what was set aside for it at mount.
+
+Either all of the arena is taken before anything is written back, or all but half of the reserve,
+which is for metadata that write-back has to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from alloc import gfp
+from fs import file
+from fs.cache.inode import Inode
+from fs.volume import Volume
+from tests import support
+from tests.fs.imagefiles import SlowImage, a_file, opened
+from writeback.ioend import DEPTH, RESERVED
+
+FILES = 20
+CONTENT = b"cleaning memory needs no memory " * 4096
+
+
+@contextmanager
+def exhausted(vol: Volume, rights: int = gfp.MEMALLOC) -> Iterator[None]:
+    """While it lasts there is no memory (for those with these rights) nor does any become free."""
+    held = []
+    shrinkers = [known.shrinker for known in vol.arena.reclaim.shrinkers]
+    for shrinker in shrinkers:
+        vol.arena.unregister_shrinker(shrinker)
+    vol.arena.drain_all()
+    while (pfn := vol.arena.try_alloc_folio(0, gfp.NOWAIT | rights)) is not None:
+        held.append(pfn)
+    try:
+        yield
+    finally:
+        assert vol.arena.free_pages < vol.arena.marks.min
+        for shrinker in shrinkers:
+            vol.arena.register_shrinker(shrinker)
+        for pfn in held:
+            vol.arena.put_folio(pfn)
+
+
+class Writing:
+    """Files with dirty data, each of which a task writes back; what came of it."""
+
+    def __init__(self, vol: Volume) -> None:
+        self.vol = vol
+        self.inodes: list[Inode] = []
+        self.written = 0
+        self.depths: list[int] = [0]  # ioends in use, when something was written
+
+    async def read_trees(self) -> None:
+        """Have the metadata in core that write-back needs."""
+        async with a_file(self.vol, b"first") as ip:
+            await file.write(self.vol, ip, 0, CONTENT)
+            await file.fsync(self.vol, ip)
+
+    async def dirty(self, stack: AsyncExitStack) -> None:
+        self.vol.pages.dirty.ratio, self.vol.pages.dirty.background_ratio = 90, 80
+        for number in range(FILES):
+            ip = await stack.enter_async_context(a_file(self.vol, b"%d" % number))
+            await file.write(self.vol, ip, 0, CONTENT)
+            self.inodes.append(ip)
+        assert isinstance(self.vol.dev, SlowImage)
+        self.vol.dev.before_write = self.note_depth
+
+    def note_depth(self) -> None:
+        self.depths.append(self.vol.pages.ioends.pool.in_use)
+
+    async def clean(self, ip: Inode) -> None:
+        await file.fsync(self.vol, ip)
+        self.written += 1
+
+    async def verify(self) -> None:
+        assert self.written == FILES
+        for ip in self.inodes:
+            assert bytes(await file.read(self.vol, ip, 0, len(CONTENT))) == CONTENT
+        self.vol.arena.check()
+
+
+@asynccontextmanager
+async def writing(scratch: Path, in_core: bool = True) -> AsyncIterator[Writing]:
+    async with AsyncExitStack() as stack:
+        image = support.mkfs(scratch)
+        vol = await stack.enter_async_context(opened(image, 8 << 20, pause_s=0.1))
+        made = Writing(vol)
+        if in_core:
+            await made.read_trees()
+        await made.dirty(stack)
+        yield made
+        await made.verify()
+
+
+async def test_with_memory_the_device_has_enough_to_do(
+    scratch: Path, autojump_clock: object
+) -> None:
+    async with writing(scratch) as made, trio.open_nursery() as nursery:
+        for ip in made.inodes:
+            nursery.start_soon(made.clean, ip)
+    assert max(made.depths) == DEPTH
+
+
+@pytest.mark.parametrize("rights", [gfp.ATOMIC, gfp.MEMALLOC])
+async def test_without_memory_it_goes_on(
+    scratch: Path, rights: int, autojump_clock: object
+) -> None:
+    """D6. Delayed allocation, data and completion, at the depth of the pool."""
+    async with writing(scratch, in_core=rights == gfp.MEMALLOC) as made:
+        async with trio.open_nursery() as nursery:
+            with exhausted(made.vol, rights):
+                for ip in made.inodes:
+                    nursery.start_soon(made.clean, ip)
+                await trio.sleep(60)
+                assert (made.written, made.vol.arena.waiters()) == (FILES, [])
+        assert max(made.depths) == RESERVED
+
+
+async def test_without_the_pool_it_does_not(
+    scratch: Path, autojump_clock: object, allow_logs
+) -> None:
+    """What the other test is worth: the same run is stuck until there is memory."""
+    allow_logs("for an element of mempool ioend")
+    async with writing(scratch) as made:
+        pool = made.vol.pages.ioends.pool
+        pool.min_nr = 0
+        while pool._aside:
+            pool._source.free(pool._aside.pop())
+        async with trio.open_nursery() as nursery:
+            with exhausted(made.vol):
+                for ip in made.inodes:
+                    nursery.start_soon(made.clean, ip)
+                await trio.sleep(60)
+                assert (made.written, max(made.depths)) == (0, 0)
+                assert "mempool:ioend mode:NOFS|MEMALLOC waits 60" in made.vol.arena.waiters()[0]
+    assert max(made.depths) == DEPTH
