@@ -360,6 +360,11 @@ class Arena:
         rows.configure(self.words, self.nr_pages, marks.low, self._rows)
 
     @property
+    def below_min(self) -> bool:
+        """Whether only the reserve is left."""
+        return int(self.words[W_FREE]) < self.marks.min
+
+    @property
     def min_free_kbytes(self) -> int:
         return self.marks.min * KB_PER_PAGE
 

@@ -384,10 +384,16 @@ class Volume:
         await self.dev.flush()
 
     async def _flush_inodes(self) -> None:
-        """Copy dirty inodes into their cluster buffers."""
+        """Copy dirty inodes into their cluster buffers.
+
+        A cluster that has to be read takes memory; when only the reserve is left, those that are
+        filled are written, and can be reclaimed, before the next one is read.
+        """
         async with self._inode_flush:
             left = self.inodes.dirty_count
             while left > 0:
+                if self.arena.below_min:
+                    await self.bufs.write_dirty()
                 missing = residentino.flush(self.resident, min(left, FLUSH_BATCH))
                 if missing:
                     await self._flush_inode(self.inodes.view(missing))

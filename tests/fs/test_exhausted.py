@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from alloc import gfp
-from fs import file
+from fs import file, namespace
+from fs.cache import resident as R
 from fs.cache.inode import Inode
 from fs.volume import Volume
 from tests import support
@@ -25,16 +26,22 @@ FILES = 20
 CONTENT = b"cleaning memory needs no memory " * 4096
 
 
-@contextmanager
-def exhausted(vol: Volume, rights: int = gfp.MEMALLOC) -> Iterator[None]:
-    """While it lasts there is no memory (for those with these rights) nor does any become free."""
+def take_all(vol: Volume, rights: int) -> list[int]:
+    """Every free page that is for those with these rights."""
     held = []
-    shrinkers = [known.shrinker for known in vol.arena.reclaim.shrinkers]
-    for shrinker in shrinkers:
-        vol.arena.unregister_shrinker(shrinker)
     vol.arena.drain_all()
     while (pfn := vol.arena.try_alloc_folio(0, gfp.NOWAIT | rights)) is not None:
         held.append(pfn)
+    return held
+
+
+@contextmanager
+def exhausted(vol: Volume, rights: int = gfp.MEMALLOC) -> Iterator[None]:
+    """While it lasts there is no memory (for those with these rights) nor does any become free."""
+    shrinkers = [known.shrinker for known in vol.arena.reclaim.shrinkers]
+    for shrinker in shrinkers:
+        vol.arena.unregister_shrinker(shrinker)
+    held = take_all(vol, rights)
     try:
         yield
     finally:
@@ -138,3 +145,39 @@ async def test_without_the_pool_it_does_not(
                 assert (made.written, max(made.depths)) == (0, 0)
                 assert "mempool:ioend mode:NOFS|MEMALLOC waits 60" in made.vol.arena.waiters()[0]
     assert max(made.depths) == DEPTH
+
+
+async def test_more_inode_clusters_than_the_reserve_holds(
+    scratch: Path, autojump_clock: object
+) -> None:
+    """The metadata writer reads them, fills them and lets go of them, a few at a time."""
+    async with opened(support.mkfs(scratch), 8 << 20) as vol:
+        per_cluster = vol.resident.shape[R.G_CLUSTER_BYTES] // vol.geo.inode_size
+        clusters = 2 * vol.arena.marks.min * 4096 // vol.resident.shape[R.G_CLUSTER_BYTES]
+        root = await vol.inodes.get(vol.geo.root_ino)
+        spread = []
+        for number in range(clusters * int(per_cluster)):
+            ip = await namespace.create(vol, root, b"%d" % number, 0o644, 0, 0)
+            if number % per_cluster:
+                vol.inodes.put(ip)
+            else:
+                spread.append(ip)
+        vol.inodes.put(root)
+        await vol.flush_metadata()
+        for ip in spread:
+            async with vol.transaction("touch") as tp:
+                await tp.lock_inodes(ip)
+                ip.mtime += 1
+                tp.log_inode(ip)
+        while sum(known.shrinker.scan_objects(4096, 0) for known in vol.arena.reclaim.shrinkers):
+            pass
+        held = take_all(vol, gfp.KERNEL)
+        assert vol.inodes.dirty_count == len(spread) == clusters
+        with trio.move_on_after(60):
+            await vol.flush_metadata()
+        left = vol.inodes.dirty_count, vol.bufs.dirty_bytes
+        for pfn in held:
+            vol.arena.put_folio(pfn)
+        for ip in spread:
+            vol.inodes.put(ip)
+        assert left == (0, 0)
