@@ -71,6 +71,7 @@ from alloc.shrinker import DEFAULT_SEEKS, NO_NODE, SHRINK_BATCH, Shrinker
 from alloc.slabinfo import slabinfo
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
+from alloc.victim import Victims
 from alloc.vmstat import VmStat, meminfo
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
 from alloc.zoneinfo import buddyinfo, extfrag, pagetypeinfo, zoneinfo
@@ -118,6 +119,7 @@ class Arena:
         self.vmstat = VmStat(self.words)
         self.rcu = Rcu(memory_bytes)
         self.pressure = Pressure()
+        self.victims = Victims(self.vmstat)
         self.slow = SlowPath(self)
         self.queue = self.slow.queue
         self.stalls = Stalls(self)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from alloc import stall
+from alloc import stall, victim
 from alloc.buddy import RIGHTS_ALL, RIGHTS_ATOMIC, RIGHTS_HALF, RIGHTS_MIN, RIGHTS_QUEUED
 from alloc.gfp import (
     ATOMIC,
@@ -238,6 +238,8 @@ class SlowPath:
         _note("sleep")
         waited = trio.current_time() - ticket.since
         woken = await self.queue.park(ticket, max(report_at - waited, 0.001))
+        if not ticket.value:
+            self._count_vain(ticket, woken)
         if not ticket.value and ticket.holding:
             held = trio.current_time() - ticket.holds_since
             if held >= (HOLD_S if woken else POLL_S):
@@ -248,6 +250,16 @@ class SlowPath:
             return report_at
         arena.stalls.report()
         return report_at * 2
+
+    def _count_vain(self, ticket: Ticket, woken: bool) -> None:
+        """It slept and was not served. When nothing ever happens somebody has to give way."""
+        freed = self._arena.vmstat["pgfree"]
+        ticket.vain = 0 if woken or freed != ticket.freed else ticket.vain + 1
+        ticket.freed = freed
+        if ticket.vain >= victim.ROUNDS:
+            ticket.vain = 0
+            _note("victim")
+            self._arena.victims.shed(ticket)
 
     def _served(self, ticket: Ticket) -> bool:
         """One turn of the line, on behalf of this ticket."""

@@ -116,7 +116,7 @@ class Stalls:
             grace = f"\n  rcu: {arena.rcu.deferred_bytes} bytes wait for a grace period: {readers}"
         log.warning(
             "%s(%d) possible memory allocation deadlock size %d in %s (mode:%s), %d waiting\n"
-            "  memory: free %d min %d of %d pages; unreclaimable: %s; slabs: %s%s\n  %s",
+            "  memory: free %d min %d of %d pages; unreclaimable: %s; slabs: %s; %s%s\n  %s",
             oldest.owner.name,
             os.getpid(),
             PAGE_SIZE << order,
@@ -128,6 +128,7 @@ class Stalls:
             arena.nr_pages,
             counts,
             largest or "none",
+            arena.victims,
             grace,
             "\n  ".join(self.waiters()),
         )

@@ -47,8 +47,8 @@ class Ticket:
     """One waiting request. `value` becomes non-zero when it is served."""
 
     __slots__ = (
-        "attempt", "gfp", "holds_since", "key", "name", "number", "owner", "parked", "passed",
-        "patience", "reason", "since", "site", "value", "what",
+        "attempt", "freed", "gfp", "holds_since", "key", "name", "number", "owner", "parked",
+        "passed", "patience", "reason", "since", "site", "vain", "value", "what",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +64,8 @@ class Ticket:
         self.reason = ""  # why it was not served when it last looked
         self.since = trio.current_time()
         self.value = 0
+        self.vain = 0  # times it slept and nothing happened
+        self.freed = 0  # pages that had been freed by then
         self.number = 0  # in the order of arrival
         self.passed = 0  # younger tickets that were served before it
         self.holds_since = 0.0  # when it last began to

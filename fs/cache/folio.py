@@ -24,7 +24,7 @@ import trio
 from alloc import gfp, lockdep
 from alloc.page import LOCKED, WRITEBACK
 from fs import writepages
-from fs.cache import blocks, gather, mapping, radix
+from fs.cache import blocks, gather, mapping, radix, readahead
 from fs.cache.inode import INODE, Inode
 from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
 from fs.xfs import layout as L
@@ -99,6 +99,7 @@ class PageCache:
         self._nr_spare = 0
         self.lost_pages = 0  # pages whose write-back failed
         self._waits: dict[int, trio.Event] = {}
+        self.windows = readahead.Windows(self)
         p = self.pages
         self._tree = (self.m4, self.m8, p.order)
         self._folios = (p.flags, p.order, p.index, p.blocks)
@@ -109,6 +110,7 @@ class PageCache:
         await self._refill(PATH_NODES)
         await self.ioends.pool.fill()
         self.arena.register_shrinker(self)
+        self.arena.victims.register(self.windows)
         self.arena.vmstat.gauge("nr_dirty", lambda: self.dirty.nr_dirty)
         self.arena.vmstat.gauge("nr_writeback", lambda: self.dirty.nr_writeback)
         self.arena.vmstat.gauge("nr_dirty_threshold", lambda: self.dirty.limit)

@@ -8,11 +8,14 @@ unwritten extents get no folio of their own: readers see zeros without one.
 
 Folios are put in LOCKED and looked up in the extent map afterwards: from then on nothing in them
 can become dirty, so what the map says stays true until they are unlocked. The caller holds the
-inode's IOLOCK, shared at least.
+inode's IOLOCK, shared at least. That look may wait for memory, which the window's own folios may
+be all of, so until the device is asked they can be taken back but for the first (`Windows`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from alloc import gfp, lockdep
@@ -25,6 +28,7 @@ from fs.xfs import bmap
 from fs.xfs import layout as L
 
 if TYPE_CHECKING:
+    from fs.cache.folio import PageCache
     from fs.cache.inode import Inode
     from fs.volume import Volume
 
@@ -32,6 +36,44 @@ WINDOW_PAGES = 256  # 1 MiB: one FUSE request of the largest size
 WINDOW_SHARE = 32  # and at most 1/32 of memory
 
 Piece = tuple[int, int, int]  # device offset in bytes or -1 for zeros, address in memory, bytes
+
+
+class Windows:
+    """Folios that were taken for reads which have not begun: see `alloc.victim.Holder`."""
+
+    name = "readahead"
+
+    def __init__(self, pages: PageCache) -> None:
+        self._pages = pages
+        self._open: dict[int, list[int]] = {}  # by the first folio, which its reader keeps
+
+    @contextmanager
+    def opened(self, locked: list[int]) -> Iterator[None]:
+        """While the block lasts the end of a window may be cut off."""
+        self._open[locked[0]] = locked
+        try:
+            yield
+        finally:
+            del self._open[locked[0]]
+
+    def count(self) -> int:
+        return max(map(self._spare_pages, self._open.values()), default=0)
+
+    def shed(self) -> int:
+        locked = max(self._open.values(), key=self._spare_pages)
+        pages = self._spare_pages(locked)
+        for pfn in self._spare(locked):
+            locked.remove(pfn)
+            self._pages.unlock(pfn)
+            self._pages.remove(pfn)
+        return pages
+
+    def _spare(self, locked: list[int]) -> list[int]:
+        """Those with nothing in them."""
+        return [pfn for pfn in locked[1:] if self._pages.is_blank(pfn)]
+
+    def _spare_pages(self, locked: list[int]) -> int:
+        return sum(1 << int(self._pages.pages.order[pfn]) for pfn in self._spare(locked))
 
 
 def first_window(pages: int, most: int) -> int:
@@ -209,7 +251,8 @@ async def _read_folios(
         start, end = pages.base(locked[0]), pages.end(locked[-1])
         covered = found[0].offset << log <= start and end <= found[-1].end << log
         if not covered or pages.columns["map_seq"][ip.handle] != sequence:
-            found = await _lookup(vol, ip, start, end)
+            with pages.windows.opened(locked):
+                found = await _lookup(vol, ip, start, end)
         plan = [piece for pfn in locked for piece in _plan(vol, pfn, found)]
         await _transfer(vol, plan)
         own = 0 if ip.flags2 & L.DIFLAG2_REFLINK else MAPPED

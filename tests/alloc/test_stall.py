@@ -56,7 +56,7 @@ async def test_a_report_shows_the_whole_graph(
     assert memory == (
         f"memory: free {arena.free_pages} min {arena.marks.min} of 2048 pages; "
         f"unreclaimable: dirty {len(cache.folios)} writeback 3 slab 1 pinned 8; "
-        "slabs: items 1, cached 1"
+        "slabs: items 1, cached 1; nothing to shed"
     )
     assert writer == (
         "writer order:0 mode:ZERO waits 2.0s in tests.alloc.test_stall:wants: "

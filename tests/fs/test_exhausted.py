@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from alloc import gfp
 from fs import file, namespace
+from fs.cache import readahead
 from fs.cache import resident as R
 from fs.cache.inode import Inode
 from fs.volume import Volume
@@ -33,6 +35,11 @@ def take_all(vol: Volume, rights: int) -> list[int]:
     while (pfn := vol.arena.try_alloc_folio(0, gfp.NOWAIT | rights)) is not None:
         held.append(pfn)
     return held
+
+
+def drop_caches(vol: Volume) -> None:
+    while sum(known.shrinker.scan_objects(4096, 0) for known in vol.arena.reclaim.shrinkers):
+        pass
 
 
 @contextmanager
@@ -169,8 +176,7 @@ async def test_more_inode_clusters_than_the_reserve_holds(
                 await tp.lock_inodes(ip)
                 ip.mtime += 1
                 tp.log_inode(ip)
-        while sum(known.shrinker.scan_objects(4096, 0) for known in vol.arena.reclaim.shrinkers):
-            pass
+        drop_caches(vol)
         held = take_all(vol, gfp.KERNEL)
         assert vol.inodes.dirty_count == len(spread) == clusters
         with trio.move_on_after(60):
@@ -181,3 +187,47 @@ async def test_more_inode_clusters_than_the_reserve_holds(
         for ip in spread:
             vol.inodes.put(ip)
         assert left == (0, 0)
+
+
+async def test_readahead_gives_way(
+    scratch: Path, autojump_clock: object, allow_logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All memory but its window is in use, and it waits for a lock of one who waits for memory."""
+    allow_logs("out of memory: shed 63 pages of readahead")
+    taken, locked, served = trio.Event(), trio.Event(), trio.Event()
+    take_folios = readahead._take_folios
+
+    async def take_and_look_again(vol: Volume, ip: Inode, *args: Any) -> list[int]:
+        folios = await take_folios(vol, ip, *args)
+        if not taken.is_set():
+            assert len(folios) == 64
+            vol.pages.state(ip.handle)["map_seq"] += 1
+            taken.set()
+            await locked.wait()
+        return folios
+
+    async def transaction(vol: Volume, ip: Inode) -> None:
+        await taken.wait()
+        drop_caches(vol)
+        held = take_all(vol, gfp.MEMALLOC)
+        async with vol.ilocks.locked(ip.handle, False):
+            locked.set()
+            with trio.move_on_after(30):
+                vol.arena.put_folio(await vol.arena.alloc_folio(0, gfp.NOFS | gfp.NOFAIL))
+                served.set()
+        for pfn in held:
+            vol.arena.put_folio(pfn)
+
+    monkeypatch.setattr(readahead, "_take_folios", take_and_look_again)
+    async with opened(support.mkfs(scratch), 8 << 20) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, CONTENT * 8)
+        await file.fsync(vol, ip)
+        drop_caches(vol)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transaction, vol, ip)
+            got = bytes(await file.read(vol, ip, 0, len(CONTENT)))
+        assert served.is_set()
+        assert got == CONTENT
+        assert vol.arena.vmstat["oom_victims"] == 1
+        assert bytes(await file.read(vol, ip, 0, len(CONTENT * 8))) == CONTENT * 8
+        vol.arena.check()
