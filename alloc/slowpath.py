@@ -1,14 +1,17 @@
 """The slow path of an allocation: what is done, in which order, for a request that found no memory.
 
-The order is Linux's. Wake kswapd; try the free lists under the marks that the flags allow; reclaim
-on one's own behalf (never with MEMALLOC: those are the ones whom reclaim waits for); try; give
-back what lists, grace periods and the high-atomic reserve keep; try. A request that the policy
+The order is Linux's. Wake kswapd and, for a block larger than a page, kcompactd; try the free lists
+under the marks that the flags allow; for a large or unmovable block compact without looking far,
+before anything is evicted; reclaim on one's own behalf (never with MEMALLOC: those are the ones
+whom reclaim waits for); try; give back what lists, grace periods and the high-atomic reserve keep;
+try; compact, each round with more effort; try. A request that the policy
 allows to fail, fails here. Any other wakes the cleaners, tries with half of the reserve if it holds
 others up (NOFAIL; NOFS where nothing may fail), sleeps until it is served or something happened,
 and begins again.
 
 Unlike Linux's, requests that wait stand in line (`alloc/wait.py`): each try is a turn of the whole
-line, so a task may be served by another's reclaim. There is no memory to compact with yet.
+line, so a task may be served by another's reclaim. The turn that follows each block that
+compaction empties takes the place of capturing it: while the line waits, nobody else gets it.
 
 `with traced() as trace:` collects the actions of the task (and of tasks it starts) by name.
 
@@ -27,11 +30,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from alloc import stall, victim
-from alloc.buddy import RIGHTS_ALL, RIGHTS_ATOMIC, RIGHTS_HALF, RIGHTS_MIN, RIGHTS_QUEUED
+from alloc.buddy import (
+    MT_MASK,
+    RIGHTS_ALL,
+    RIGHTS_ATOMIC,
+    RIGHTS_HALF,
+    RIGHTS_MIN,
+    RIGHTS_QUEUED,
+)
+from alloc.compaction import ASYNC, DEFERRED, SKIPPED, SYNC_FULL, SYNC_LIGHT
 from alloc.gfp import (
     ATOMIC,
     COSTLY_ORDER,
     MEMALLOC,
+    MOVABLE,
+    MT_SHIFT,
     NOFAIL,
     NOFS,
     NORETRY,
@@ -70,6 +83,11 @@ def _note(action: str) -> None:
     trace = _trace.get()
     if trace is not None:
         trace.append(action)
+
+
+def compacts_first(order: int, gfp: int) -> bool:
+    """Whether reclaim is unlikely to make such a block: it is large, or must not lie anywhere."""
+    return order > COSTLY_ORDER or (order > 0 and not gfp & MOVABLE)
 
 
 class Request(NamedTuple):
@@ -141,21 +159,49 @@ class SlowPath:
     def try_now(self, request: Request) -> int:
         """What a try_* request may do beyond its fast path, without waiting; 0 when in vain."""
         arena, gfp = self._arena, request.gfp
-        self._wake_kswapd(gfp)
+        self._wake_kswapd(gfp, request.order)
         rights = self.rights(gfp, stuck=False)
         got = self._try(request, rights | (RIGHTS_QUEUED if rights != RIGHTS_MIN else 0))
         if not got and not gfp & (NOWAIT | MEMALLOC):
-            _note("direct_reclaim")
-            if gfp & NORETRY:
-                arena.reclaim.light_round(gfp)
-                got = self._try(request, rights)
-            else:
-                assert gfp & RETRY_MAYFAIL
-                got = self._full_round(request, rights)
+            got = self._try_hard(request, rights)
         if not got:
             _note("fail")
             arena.vmstat.add("try_alloc_failed")
         return got
+
+    def _try_hard(self, request: Request, rights: int) -> int:
+        """Compaction and reclaim, the lighter the less the request may cost."""
+        order, gfp = request.order, request.gfp
+        light = bool(gfp & NORETRY)
+        if compacts_first(order, gfp):
+            got, ran = self._try_compact(request, rights, ASYNC)
+            if got or light and order > COSTLY_ORDER and not ran:
+                return got  # not worth evicting anything for
+        _note("direct_reclaim")
+        if light:
+            self._arena.reclaim.light_round(gfp)
+            got = self._try(request, rights)
+        else:
+            assert gfp & RETRY_MAYFAIL
+            got = self._full_round(request, rights)
+        if not got and order:
+            priority = ASYNC if light and order > COSTLY_ORDER else SYNC_LIGHT
+            got, _ = self._try_compact(request, rights, priority)
+        return got
+
+    def _try_compact(self, request: Request, rights: int, priority: str) -> tuple[int, bool]:
+        """A run in one go: what the request got, and whether there was one."""
+        got = 0
+
+        def satisfied() -> bool:
+            nonlocal got
+            got = request.attempt(rights)
+            return got != 0
+
+        *_, result = self._compaction(request.order, request.gfp, priority, satisfied)
+        if result in (SKIPPED, DEFERRED):
+            return 0, False
+        return got or self._try(request, rights), True
 
     def _full_round(self, request: Request, rights: int) -> int:
         held: list[int] = []
@@ -201,24 +247,48 @@ class SlowPath:
     async def _until_served(self, ticket: Ticket, order: int) -> None:
         arena = self._arena
         report_at = arena.stall_seconds
-        while not ticket.value and not await self._round(ticket):
+        priority = SYNC_LIGHT
+        while not ticket.value and not await self._round(ticket, order, priority):
+            priority = SYNC_FULL
             if arena.policy.gives_up(order, ticket.gfp):
                 self._fail(ticket)
             report_at = await self._sleep(ticket, report_at)
 
-    async def _round(self, ticket: Ticket) -> bool:
+    async def _round(self, ticket: Ticket, order: int, priority: str) -> bool:
         """Everything short of sleeping; whether the ticket was served."""
-        self._wake_kswapd(ticket.gfp)
+        self._wake_kswapd(ticket.gfp, order)
         if self._served(ticket):
             return True
         if not ticket.gfp & MEMALLOC:
+            if compacts_first(order, ticket.gfp) and await self._compact(ticket, order, ASYNC):
+                return True
             _note("direct_reclaim")
             await self._arena.reclaim.direct(ticket.gfp, lambda: self._turn(ticket))
             if self._served(ticket):
                 return True
         self._drain()
         self._arena.release_reserve(ticket.gfp)
+        if self._served(ticket):
+            return True
+        if not order or ticket.gfp & MEMALLOC:
+            return False
+        return await self._compact(ticket, order, priority)
+
+    async def _compact(self, ticket: Ticket, order: int, priority: str) -> bool:
+        """A run of compaction; whether the ticket was served."""
+        steps = self._compaction(order, ticket.gfp, priority, lambda: self._turn(ticket))
+        for result in steps:
+            if result in (SKIPPED, DEFERRED):
+                return False
+            await trio.lowlevel.cancel_shielded_checkpoint()
         return self._served(ticket)
+
+    def _compaction(
+        self, order: int, gfp: int, priority: str, satisfied: Callable[[], bool]
+    ) -> Iterator[str]:
+        _note(f"compact:{priority}")
+        mt = gfp >> MT_SHIFT & MT_MASK
+        return self._arena.compaction.direct(order, mt, priority, satisfied)
 
     async def _sleep(self, ticket: Ticket, report_at: float) -> float:
         """Nothing was left to reclaim: help those who clean, and sleep once.
@@ -271,9 +341,10 @@ class SlowPath:
             self.queue.serve()
         return ticket.value != 0
 
-    def _wake_kswapd(self, gfp: int) -> None:
+    def _wake_kswapd(self, gfp: int, order: int) -> None:
         _note("wake_kswapd")
         self._arena.reclaim.wake_kswapd(helpless=gfp & MEMALLOC != 0)
+        self._arena.compaction.wake(order)
 
     def _drain(self) -> None:
         """Memory that is neither free nor in use goes back to the free lists."""

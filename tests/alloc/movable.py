@@ -141,7 +141,9 @@ def best_target(arena: Arena, bottom: int, want: int, spared: int) -> int:
     return min(fitting[max(fitting)]) if fitting else 0
 
 
-def scatter(arena: Arena, rng: random.Random, orders: list[int], part: float) -> MovableCache:
+def scatter(
+    arena: Arena, rng: random.Random, orders: list[int], part: float, dirty: float = 0.5
+) -> MovableCache:
     """A full arena of movable folios of these orders, of which then a part is freed at random."""
     cache = MovableCache(arena)
     while True:
@@ -149,7 +151,7 @@ def scatter(arena: Arena, rng: random.Random, orders: list[int], part: float) ->
         pfn = arena.try_alloc_folio(order, 4 | 1 << 16)
         if pfn is None:
             break
-        cache.insert(pfn, dirty=rng.random() < 0.5)
+        cache.insert(pfn, dirty=rng.random() < dirty)
     cache.fill(dirty=True)
     for pfn in rng.sample(sorted(cache.folios), int(len(cache.folios) * part)):
         del cache.folios[pfn]

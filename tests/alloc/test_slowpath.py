@@ -7,6 +7,7 @@ kswapd: a trace is the same every time.
 from __future__ import annotations
 
 import logging
+import random
 
 import pytest
 import trio
@@ -17,6 +18,7 @@ from alloc.gfp import (
     ATOMIC,
     KERNEL,
     MEMALLOC,
+    MOVABLE,
     NOFAIL,
     NOFS,
     NOIO,
@@ -27,12 +29,15 @@ from alloc.gfp import (
 )
 from alloc.policy import AllocationFailed, parse
 from tests.alloc.caches import FolioCache
+from tests.alloc.movable import scatter
 
 START = ["wake_kswapd", "freelist:min"]
 RECLAIM = ["direct_reclaim", "freelist:min"]
 DRAIN = ["drain", "freelist:min"]
 FAIL, SLEEP = ["fail"], ["cleaners", "sleep"]
 ROUND = START + RECLAIM + DRAIN
+FIRST, LIGHT, FULL = ["compact:async"], ["compact:sync_light"], ["compact:sync_full"]
+LARGE = START + FIRST + RECLAIM + DRAIN + LIGHT  # not movable, or above order 3
 
 
 @pytest.fixture
@@ -61,6 +66,12 @@ def use_up(arena: Arena, cache: FolioCache, least: int) -> None:
         cache.insert(arena.try_alloc_folio(0, NOWAIT | MEMALLOC) or 0, dirty=True)
 
 
+def use_up_blocks(arena: Arena, cache: FolioCache, order: int) -> None:
+    """Leave no free block of this order."""
+    while (pfn := arena.try_alloc_folio(order, NOWAIT | MOVABLE)) is not None:
+        cache.insert(pfn, dirty=True)
+
+
 async def one(arena: Arena, order: int, flags: int, seconds: float = 0.05) -> list[str]:
     """The trace of one request that is given up after a while."""
     with slowpath.traced() as trace, trio.move_on_after(seconds):
@@ -78,10 +89,12 @@ TRY_GOLDEN = {
     ("NOWAIT", 0): START + FAIL,
     ("NOWAIT", 4): START + FAIL,
     ("NORETRY", 0): START + RECLAIM + FAIL,
-    ("NORETRY", 4): START + RECLAIM + FAIL,
-    ("NORETRY|NOFS", 4): START + RECLAIM + FAIL,
+    ("NORETRY", 3): START + FIRST + RECLAIM + LIGHT + FAIL,
+    ("NORETRY|MOVABLE", 3): START + RECLAIM + LIGHT + FAIL,
+    ("NORETRY", 4): START + FIRST + FAIL,  # nothing to compact: not worth an eviction
+    ("NORETRY|NOFS", 4): START + FIRST + FAIL,
     ("RETRY_MAYFAIL", 0): ROUND + FAIL,
-    ("RETRY_MAYFAIL", 9): ROUND + FAIL,
+    ("RETRY_MAYFAIL", 9): LARGE + FAIL,
     ("RETRY_MAYFAIL|NOIO", 0): ROUND + FAIL,
     ("ATOMIC", 0): atomic(START),  # served from the reserve
     ("ATOMIC", 7): atomic(START) + FAIL,
@@ -91,11 +104,14 @@ FLAGS = {
     "NOWAIT": NOWAIT,
     "NORETRY": NORETRY,
     "NORETRY|NOFS": NORETRY | NOFS,
+    "NORETRY|MOVABLE": NORETRY | MOVABLE,
+    "RETRY_MAYFAIL|MOVABLE": RETRY_MAYFAIL | MOVABLE,
     "RETRY_MAYFAIL": RETRY_MAYFAIL,
     "RETRY_MAYFAIL|NOIO": RETRY_MAYFAIL | NOIO,
     "RETRY_MAYFAIL|MEMALLOC": RETRY_MAYFAIL | MEMALLOC,
     "ATOMIC": ATOMIC,
     "KERNEL": KERNEL,
+    "MOVABLE": MOVABLE,
     "KERNEL|ZERO": ZERO,
     "NOFS": NOFS,
     "NOFAIL": NOFAIL,
@@ -119,36 +135,39 @@ def test_traces_of_requests_that_may_fail(
 
 MEMALLOC_ROUND = everything(START + DRAIN)
 HELPED = ROUND + ["cleaners", "freelist:half"]
+LARGE_HELPED = LARGE + ["cleaners", "freelist:half"]
 WAIT_GOLDEN = {
     # irix: everything waits; what holds others up goes to half of the reserve
     ("irix", "KERNEL", 0): ROUND + SLEEP,
-    ("irix", "KERNEL|ZERO", 3): ROUND + SLEEP,
-    ("irix", "KERNEL", 4): ROUND + SLEEP,
-    ("irix", "KERNEL", 10): ROUND + SLEEP,
+    ("irix", "KERNEL|ZERO", 3): LARGE + SLEEP,
+    ("irix", "MOVABLE", 3): ROUND + LIGHT + SLEEP,
+    ("irix", "MOVABLE", 4): LARGE + SLEEP,
+    ("irix", "KERNEL", 4): LARGE + SLEEP,
+    ("irix", "KERNEL", 10): LARGE + SLEEP,
     ("irix", "NOFS", 0): HELPED,
     ("irix", "NOFAIL", 0): HELPED,
-    ("irix", "NOFAIL", 9): [*HELPED, "sleep"],
+    ("irix", "NOFAIL", 9): [*LARGE_HELPED, "sleep"],
     ("irix", "MEMALLOC", 0): [],  # the fast path
     ("irix", "MEMALLOC", 8): MEMALLOC_ROUND + SLEEP,
     # linux: too small to fail, too large to wait, and NOFAIL alone has a right to the reserve
     ("linux", "KERNEL", 0): ROUND + SLEEP,
-    ("linux", "KERNEL", 3): ROUND + SLEEP,
-    ("linux", "KERNEL", 4): ROUND + FAIL,
-    ("linux", "KERNEL", 9): ROUND + FAIL,
+    ("linux", "KERNEL", 3): LARGE + SLEEP,
+    ("linux", "KERNEL", 4): LARGE + FAIL,
+    ("linux", "KERNEL", 9): LARGE + FAIL,
     ("linux", "NOFS", 0): ROUND + SLEEP,
-    ("linux", "NOFS", 4): ROUND + FAIL,
+    ("linux", "NOFS", 4): LARGE + FAIL,
     ("linux", "NOFAIL", 0): HELPED,
-    ("linux", "NOFAIL", 9): [*HELPED, "sleep"],
+    ("linux", "NOFAIL", 9): [*LARGE_HELPED, "sleep"],
     ("linux", "MEMALLOC", 8): MEMALLOC_ROUND + FAIL,
     # mayfail: one round, whoever asks
     ("mayfail", "KERNEL", 0): ROUND + FAIL,
     ("mayfail", "NOFS", 0): ROUND + FAIL,
     ("mayfail", "NOFAIL", 0): ROUND + FAIL,
-    ("mayfail", "NOFAIL", 9): ROUND + FAIL,
+    ("mayfail", "NOFAIL", 9): LARGE + FAIL,
     ("mayfail", "MEMALLOC", 8): MEMALLOC_ROUND + FAIL,
     # inject: what was not picked is as under irix
     ("inject:nth=9", "NOFS", 0): HELPED,
-    ("inject:nth=9", "KERNEL", 4): ROUND + SLEEP,
+    ("inject:nth=9", "KERNEL", 4): LARGE + SLEEP,
 }
 
 
@@ -175,6 +194,54 @@ async def test_each_wake_up_begins_a_new_round(
     use_up(arena, cache, arena.marks.min // 2)
     trace = await one(arena, 0, NOFAIL, 0.25)
     assert trace == [*HELPED, "sleep"] + 2 * (half(ROUND) + SLEEP)
+
+
+COMPACT_GOLDEN = {
+    # in pieces, and all that is in use may move: compaction serves it, nothing is evicted
+    ("NORETRY|MOVABLE", 4): START + FIRST,
+    ("NORETRY|MOVABLE", 2): START + RECLAIM + LIGHT,
+    ("NORETRY", 4): START + FIRST + ["freelist:min"] + RECLAIM + FIRST + ["freelist:min"] + FAIL,
+    ("NORETRY", 2): START + FIRST + ["freelist:min"] + RECLAIM + LIGHT,
+    ("RETRY_MAYFAIL|MOVABLE", 6): START + FIRST,
+    ("RETRY_MAYFAIL", 6): START + FIRST + ["freelist:min"] + RECLAIM + DRAIN + LIGHT,
+    ("MOVABLE", 6): START + FIRST + ["freelist:min"],
+    ("KERNEL", 6): START + FIRST + ["freelist:min"] + RECLAIM + DRAIN + LIGHT + ["freelist:min"],
+    ("NOFS", 3): START + FIRST + ["freelist:min"] + RECLAIM + DRAIN + LIGHT + ["freelist:min"],
+    ("MEMALLOC", 6): everything(START + DRAIN) + SLEEP,
+}
+
+
+@pytest.mark.parametrize(("flags", "order"), COMPACT_GOLDEN)
+async def test_traces_where_memory_is_in_pieces(
+    arena: Arena, autojump_clock: object, flags: str, order: int
+) -> None:
+    """Only pageblocks of the request's type are compacted at first; here all are MOVABLE."""
+    cache = scatter(arena, random.Random(order), [0], 0.4, dirty=1)
+    use_up_blocks(arena, cache, order)
+    evicted = arena.vmstat["pgsteal_direct"]
+    if FLAGS[flags] & (NORETRY | RETRY_MAYFAIL):
+        with slowpath.traced() as trace:
+            got = arena.try_alloc_folio(order, FLAGS[flags])
+        if got is not None:
+            arena.put_folio(got)
+    else:
+        trace = await one(arena, order, FLAGS[flags])
+    assert trace == COMPACT_GOLDEN[flags, order]
+    assert arena.vmstat["pgsteal_direct"] == evicted
+    cache.verify()
+    cache.drop()
+
+
+async def test_effort_rises_with_each_round(arena: Arena, autojump_clock: object) -> None:
+    cache = scatter(arena, random.Random(9), [0], 0.4, dirty=1)
+    use_up_blocks(arena, cache, 6)
+    for pfn in list(cache.folios)[::4]:
+        cache.pin(pfn)
+    round_0 = START + FIRST + ["freelist:min"] + RECLAIM + DRAIN + LIGHT + ["freelist:min"]
+    round_1 = START + FIRST + RECLAIM + DRAIN + FULL + ["freelist:min"]
+    trace = await one(arena, 6, KERNEL, 0.15)
+    assert trace == round_0 + SLEEP + round_1 + SLEEP, "the second asynchronous run is deferred"
+    cache.drop()
 
 
 async def test_nobody_takes_more_than_its_mark(arena: Arena, cache: FolioCache) -> None:
