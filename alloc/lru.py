@@ -2,8 +2,9 @@
 
 A folio is on a list exactly when its head has LRU; ACTIVE says which. Links are the descriptors'
 lru_next/lru_prev; folios enter at the head, reclaim takes from the inactive tail, and a second
-touch on the inactive list activates (`mark_accessed`). When the inactive list is the shorter one,
-`age` moves folios from the active tail to the inactive head.
+touch on the inactive list activates (`mark_accessed`), and so does a quick return after an eviction
+(`refault`, alloc/workingset.py). When the inactive list is the shorter one, `age` moves folios from
+the active tail to the inactive head.
 
 `isolate` takes folios off the inactive list with a reference each, so that two reclaimers never
 look at the same one and none is freed under their eyes; whoever isolates must `putback` each
@@ -20,6 +21,7 @@ evicted at all. Sizes are counted in pages. One lock, held for one batch at most
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isqrt
 
 import numpy as np
 
@@ -42,13 +44,16 @@ from alloc.page import (
     LRU_STRIDE,
     LRU_TAIL,
     ORDER_MAX,
+    PAGE_SHIFT,
     REFERENCED,
     W_LRU,
     W_LRU_LOCK,
     W_PAGES,
+    WORKINGSET,
     Buddy,
 )
 from alloc.vmstat import VmStat
+from alloc.workingset import COLD, RESTORED, activation, refault
 
 BATCH_MAX = 1 << ORDER_MAX
 BUDDY_ARGS = "i8[::1], u4[::1], u1[::1], i4[::1], u4[::1], u4[::1]"
@@ -63,6 +68,12 @@ ROTATE = 4  # to the tail of the inactive list: next to be reclaimed
 DONE = 1
 NOTHING = 0
 NOT_A_FOLIO = -1
+
+
+def inactive_ratio(pages: int) -> int:
+    """How many active pages there may be for an inactive one, of so many on both lists."""
+    gib = pages >> 30 - PAGE_SHIFT
+    return isqrt(10 * gib) if gib else 1
 
 
 @helper
@@ -237,6 +248,7 @@ def lru_age(words, flags, order, refs, lru_next, lru_prev, nr):
         pfn = words[W_LRU + LRU_STRIDE + LRU_TAIL]
         unlink_lru(b, pfn)
         fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ (ACTIVE | REFERENCED))
+        fetch_or_acq_rel(flags, pfn, WORKINGSET)
         _link_lru(b, pfn, False)
         n += 1
     spin_unlock(words, W_LRU_LOCK)
@@ -257,6 +269,7 @@ def lru_touch(words, flags, order, refs, lru_next, lru_prev, pfn):
         fetch_or_acq_rel(flags, pfn, ACTIVE)
         fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ REFERENCED)
         _link_lru(b, pfn, False)
+        activation(words, np.int64(1) << np.int64(order[pfn]))
         code = DONE
     spin_unlock(words, W_LRU_LOCK)
     return code
@@ -326,9 +339,22 @@ class Lru:
         if lru_touch(*self._buddy, pfn) == DONE:
             self._vmstat.add("pgactivate")
 
+    def refault(self, pfn: int, shadow: int) -> None:
+        """A folio that is to be read, and on no list yet, left this shadow when it was evicted.
+
+        It enters the active list if that was too early.
+        """
+        b, nr = self._buddy, 1 << int(self._buddy.order[pfn])
+        self._vmstat.add("workingset_refault_file", nr)
+        code = refault(b.words, b.flags, b.order, pfn, shadow)
+        if code != COLD:
+            self._vmstat.add("workingset_activate_file", nr)
+        if code == RESTORED:
+            self._vmstat.add("workingset_restore_file", nr)
+
     def inactive_is_low(self) -> bool:
-        """Whether reclaim should age the active list (the ratio of arenas below 1 GiB: 1)."""
-        return self.nr_inactive < self.nr_active
+        """Whether reclaim should age the active list: the kernel's ratio, 1 below 1 GiB."""
+        return self.nr_inactive * inactive_ratio(self.nr_inactive + self.nr_active) < self.nr_active
 
     def age(self, nr: int) -> int:
         """Deactivate up to `nr` folios from the active tail; how many."""

@@ -39,7 +39,7 @@ UPTODATE = 1 << 9
 DIRTY = 1 << 10
 WRITEBACK = 1 << 11
 RECLAIM = 1 << 12  # free it as soon as its write ends
-WORKINGSET = 1 << 13
+WORKINGSET = 1 << 13  # has been on the active list, in this life or before its eviction
 READAHEAD = 1 << 14
 ERROR = 1 << 15
 OWNER_1 = 1 << 16  # free for the owner's own use
@@ -87,6 +87,7 @@ LRU_HEAD = 0
 LRU_TAIL = 1
 LRU_PAGES = 2
 LRU_STRIDE = 3
+W_NONRESIDENT_AGE = 55  # pages evicted or activated since the beginning (alloc/workingset.py)
 # words: one group per slab cache
 W_SLAB = 64
 SLAB_WORDS = 8

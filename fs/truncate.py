@@ -179,6 +179,7 @@ async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHIN
             delalloc.forget(vol, ip, reserved, pending)
         if base >= start and end <= stop:
             pages.remove(pfn)
+    pages.shadows.forget(ip.handle, start >> 12, (stop - 1) >> 12)
     pages.dirty.admit()
 
 

@@ -27,6 +27,7 @@ from fs import writepages
 from fs.cache import blocks, gather, mapping, radix, readahead
 from fs.cache.inode import INODE, Inode
 from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
+from fs.cache.shadow import ShadowNodes
 from fs.xfs import layout as L
 from fs.xfs.extents import REC_BYTES
 from fs.xfs.inode import DATA, levels_max
@@ -89,6 +90,7 @@ class PageCache:
         self.dirty = Dirty(self._dirtyable)
         self.ioends = IoendPool(arena, 1 << self.order_max)
         self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
+        self.shadows = ShadowNodes(self)
         self.hint = np.zeros(4, np.int64)  # what copy kernels tell beside their result
         self.runs = np.zeros((2048, 2), np.int64)
         self._gang = np.zeros(256, np.int64)
@@ -111,6 +113,8 @@ class PageCache:
         await self.ioends.pool.fill()
         self.arena.register_shrinker(self)
         self.arena.victims.register(self.windows)
+        self.arena.register_shrinker(self.shadows, seeks=0)
+        self.arena.vmstat.gauge("workingset_nodes", lambda: self.shadows.nr_nodes)
         self.arena.vmstat.gauge("nr_dirty", lambda: self.dirty.nr_dirty)
         self.arena.vmstat.gauge("nr_writeback", lambda: self.dirty.nr_writeback)
         self.arena.vmstat.gauge("nr_dirty_threshold", lambda: self.dirty.limit)
@@ -228,10 +232,12 @@ class PageCache:
         p = self.pages
         code = gather.attach(
             *self._tagged[:3], p.order, p.index, p.blocks, p.mapping, self.root(handle), handle,
-            index >> order << order, order, pfn, self._spare, self._nr_spare, bits,
+            index >> order << order, order, pfn, self._spare, self._nr_spare, bits, self.hint,
         )  # fmt: skip
         if code >= 0:
             self._nr_spare -= code
+            if self.hint[0] and bits & LOCKED:  # what is written, not read, shows no working set
+                self.arena.lru.refault(pfn, int(self.hint[0]) ^ radix.SHADOW_BIT)
             self.arena.lru.add(pfn)
         return int(code)
 
@@ -252,7 +258,8 @@ class PageCache:
         assert not self.pages.flags[pfn] & (LOCKED | WRITEBACK)
         p = self.pages
         root = self.root(int(p.mapping[pfn]))
-        args = (*self._tagged, p.mapping, self.dirty.counts, root, pfn, self._freed)
+        state = (self.dirty.counts, self.shadows.listed)
+        args = (*self._tagged, p.mapping, *state, root, pfn, self._freed)
         for node in self._freed[: gather.detach(*args)]:
             self._give_node(int(node))
         self.arena.put_folio(pfn)
@@ -452,6 +459,7 @@ class PageCache:
         while pfns := self.gang(handle, 0, 1 << 52):
             for pfn in pfns:
                 self.remove(pfn)
+        self.shadows.forget(handle, 0, 1 << 52)
         assert not self.maps[handle]["delalloc"]
         assert not self.maps[handle]["node"]
 
@@ -470,7 +478,7 @@ class PageCache:
         if not pfns:
             return 0
         verdicts = self._evict(pfns)
-        freed = written = 0
+        freed = unqueued = 0
         for pfn, verdict in zip(pfns, verdicts, strict=True):
             if verdict == gather.EVICTED:
                 freed += 1 << int(self.pages.order[pfn])
@@ -479,9 +487,9 @@ class PageCache:
                 continue
             if verdict in (gather.IS_DIRTY, gather.IS_WRITEBACK):
                 lru.activate(pfn)
-                written += 1
+                unqueued += verdict == gather.IS_DIRTY
             lru.putback(pfn)
-        if written == len(pfns):
+        if unqueued == len(pfns):
             self.vol.flusher.clean_some()
         return freed
 
@@ -490,8 +498,9 @@ class PageCache:
         p = self.pages
         batch = np.array(pfns, np.int64)
         nodes = gather.evict(
-            *self._tagged, p.mapping, p.refs, self.dirty.counts, INODE_WORDS, MAPPING_WORD,
-            batch, len(pfns), self._freed, self._verdicts,
+            *self._tagged, p.mapping, p.refs, self.dirty.counts, self.arena.words,
+            self.shadows.listed, INODE_WORDS, MAPPING_WORD, batch, len(pfns), self._freed,
+            self._verdicts,
         )  # fmt: skip
         verdicts: list[int] = self._verdicts[: len(pfns)].tolist()
         for node in self._freed[:nodes].tolist():

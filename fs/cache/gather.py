@@ -24,12 +24,14 @@ from alloc.atomic import (
 )
 from alloc.jit import helper, kernel
 from alloc.page import DIRTY, LOCKED, RECLAIM, WRITEBACK
+from alloc.workingset import eviction
 from fs.cache import radix
 from fs.cache.blocks import DIRTY_BLOCK, block_bits, change_bits
 from fs.cache.incore import I4_MAPPING, I8_SIZE
 from fs.cache.mapping import W_NDIRTY, W_NRWRITEBACK
 from fs.cache.radix import (
     R_LOCK,
+    SHADOW_BIT,
     clear_tag,
     erase_entry,
     find_entry,
@@ -44,15 +46,18 @@ EVICTED, IS_DIRTY, IS_WRITEBACK, IN_USE = 0, 1, 2, 3  # what evict says about a 
 
 @kernel(
     "i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], u4[::1], u4[::1], i8, i8, i8, i8, i8,"
-    " u4[::1], i8, i8)"
+    " u4[::1], i8, i8, i8[::1])"
 )
 def attach(
     m4, m8, flags, orders, indices, blocks, mapping, root, handle, index, order, pfn,
-    spare, nspare, bits,
+    spare, nspare, bits, out,
 ):  # fmt: skip
-    """Put a fresh folio into a mapping with page flags `bits`; codes of radix.insert_entry."""
+    """Put a fresh folio into a mapping with page flags `bits`; codes of radix.insert_entry.
+
+    out[0]: the shadow that was in its place, with SHADOW_BIT, or 0.
+    """
     spin_lock(m4, root + R_LOCK)
-    code = insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare)
+    code, out[0] = insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare)
     if code >= 0:
         mapping[pfn] = handle
         indices[pfn] = index
@@ -64,25 +69,29 @@ def attach(
 
 
 @helper
-def detach_folio(m4, m8, flags, orders, indices, mapping, counts, root, pfn, freed, nfreed):
+def detach_folio(
+    m4, m8, flags, orders, indices, mapping, counts, listed, root, pfn, shadow, freed, nfreed
+):
     """Under the lock: take a folio out of its mapping, dirty or not; new count of freed nodes."""
     pages = np.int64(1) << np.int64(orders[pfn])
     if flags[pfn] & DIRTY != 0:
         m4[root + W_NDIRTY] -= pages
         fetch_add(counts, NR_DIRTY, -pages)
         fetch_and(flags, pfn, 0xFFFFFFFF ^ DIRTY)
-    nfreed = erase_entry(m4, m8, orders, root, indices[pfn], freed, nfreed)
+    nfreed = erase_entry(m4, m8, orders, listed, root, indices[pfn], shadow, freed, nfreed)
     mapping[pfn] = 0
     return nfreed
 
 
 @kernel(
-    "i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], u4[::1], i8[::1], i8, i8, u4[::1])"
+    "i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], u4[::1], i8[::1], i8[::1], i8, i8, u4[::1])"
 )
-def detach(m4, m8, flags, orders, indices, mapping, counts, root, pfn, freed):
+def detach(m4, m8, flags, orders, indices, mapping, counts, listed, root, pfn, freed):
     """Take a folio out of its mapping; how many nodes are in `freed`. The reference stays."""
     spin_lock(m4, root + R_LOCK)
-    n = detach_folio(m4, m8, flags, orders, indices, mapping, counts, root, pfn, freed, 0)
+    n = detach_folio(
+        m4, m8, flags, orders, indices, mapping, counts, listed, root, pfn, 0, freed, 0
+    )
     spin_unlock(m4, root + R_LOCK)
     return n
 
@@ -183,7 +192,7 @@ def finish(m4, m8, flags, orders, indices, counts, root, folios, n, rotate):
         m4[root + W_NRWRITEBACK] -= pages
         fetch_add(counts, NR_WRITEBACK, -pages)
         fetch_add(counts, NR_WRITTEN, pages)
-        if before & RECLAIM != 0:
+        if before & RECLAIM != 0 and before & DIRTY == 0:
             rotate[nrotate] = pfn
             nrotate += 1
     spin_unlock(m4, root + R_LOCK)
@@ -259,25 +268,26 @@ def pieces(m4, orders, indices, root, start, end, out):
 
 
 @kernel(
-    "i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], u4[::1], i4[::1], i8[::1], i8, i8,"
-    " i8[::1], i8, u4[::1], i8[::1])"
+    "i8(u4[::1], u8[::1], u4[::1], u1[::1], i8[::1], u4[::1], i4[::1], i8[::1], i8[::1], i8[::1],"
+    " i8, i8, i8[::1], i8, u4[::1], i8[::1])"
 )
 def evict(
-    m4, m8, flags, orders, indices, mapping, refs, counts, words, first_word, pfns, n, freed,
-    verdicts,
+    m4, m8, flags, orders, indices, mapping, refs, counts, words, listed, inode_words, first_word,
+    pfns, n, freed, verdicts,
 ):  # fmt: skip
     """Take isolated folios pfns[:n] out of their mappings where that needs nobody's leave.
 
-    `words`, `first_word`: where the mapping of an inode handle is in m4. Verdicts are EVICTED,
-    IS_DIRTY, IS_WRITEBACK, IN_USE. Returns how many nodes are in `freed` (room for 10 a folio).
-    A folio here has two references: its mapping's and that of who isolated it.
+    Each leaves a shadow. `inode_words`, `first_word`: where the mapping of an inode handle is in
+    m4; `words` are the arena's. Verdicts are EVICTED, IS_DIRTY, IS_WRITEBACK, IN_USE. Returns how
+    many nodes are in `freed` (room for 10 a folio). A folio here has two references: its mapping's
+    and that of who isolated it.
     """
     nfreed = 0
     for i in range(n):
         pfn = pfns[i]
         verdicts[i] = IN_USE
         handle = np.int64(mapping[pfn])
-        root = handle * words + first_word
+        root = handle * inode_words + first_word
         if handle == 0 or not spin_trylock(m4, root + R_LOCK):
             continue
         state = load_acquire(flags, pfn)
@@ -290,9 +300,11 @@ def evict(
             fetch_or(flags, pfn, RECLAIM)
             verdicts[i] = IS_DIRTY
         elif load_acquire(refs, pfn) == 2:
+            shadow = eviction(words, flags, orders, pfn) | SHADOW_BIT
             nfreed = detach_folio(
-                m4, m8, flags, orders, indices, mapping, counts, root, pfn, freed, nfreed
-            )
+                m4, m8, flags, orders, indices, mapping, counts, listed, root, pfn, shadow, freed,
+                nfreed,
+            )  # fmt: skip
             verdicts[i] = EVICTED
         spin_unlock(m4, root + R_LOCK)
     return nfreed

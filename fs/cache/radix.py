@@ -1,21 +1,24 @@
 """The radix tree of a mapping: file page index -> folio, with dirty, towrite and writeback tags.
 
 A node is a slab record of 512 bytes with 64 slots. A slot holds the pfn of a folio's first page,
-or (bit 31 set) the handle of a node one level down; 0 is empty. A folio of order n covers 2^n
-indices: all slots of it name it, orders of six and more sit one level up for each six, and its
-tags are kept on its first slot. A tag bit in a node says that something below carries the tag.
-Nodes are never empty; an empty tree has no node at all.
+or (bit 31 set) the handle of a node one level down, or (bits 31 and 30 are 0 and 1) the shadow of
+an evicted folio, which every lookup takes for nothing; 0 is empty. A folio of order n (at most 11)
+covers 2^n indices: all slots of it name it, orders of six and more sit one level up, and its tags
+are kept on its first slot. A tag bit in a node says that something below carries the tag. Nodes
+are never empty; an empty tree has no node at all.
 
 The root (`ROOT`) lies in the record of the object that owns the mapping; kernels get its word
 index in `m4`, the arena viewed as 32-bit words (`m8`: as 64-bit words). Entry points take the
 root's spin lock, so that any thread may call them; the helpers expect it held. Nothing here
-allocates or waits: `insert` is handed spare nodes and says how many it wants.
+allocates or waits: `insert` is handed spare nodes and says how many it wants. Nodes with nothing
+but shadows are on a list of the trio thread's, who alone erases (fs/cache/shadow.py).
 """
 
 import numpy as np
 
 from alloc.atomic import spin_lock, spin_unlock
 from alloc.jit import helper, kernel
+from alloc.workingset import SHADOW_BITS
 
 SLOTS = 64
 DIRTY, TOWRITE, WRITEBACK = 0, 1, 2
@@ -27,8 +30,13 @@ NODE = np.dtype(
         ("tags", "<u8", 3),  # dirty, towrite, writeback: one bit a slot
         ("parent", "<u4"),  # handle, 0 for the top node
         ("offset", "<u4"),  # slot in the parent
-        ("count", "<u4"),  # slots in use
-        ("pad", "V220"),
+        ("count", "<u4"),  # slots that hold folios or nodes
+        ("shadows", "<u4"),  # slots that hold shadows
+        ("prev", "<u4"),  # list of nodes with nothing but shadows; some that folios came back to
+        ("next", "<u4"),
+        ("root", "<u8"),  # of the listed: their tree; 0: a large folio took the place of all of it
+        ("listed", "<u4"),
+        ("pad", "V196"),
     ]
 )
 ROOT = np.dtype(
@@ -41,9 +49,12 @@ ROOT = np.dtype(
 )
 assert NODE.itemsize == 512
 NODE_BIT = 1 << 31
+SHADOW_BIT = 1 << SHADOW_BITS
 WORDS = NODE.itemsize // 4  # of m4 in a node
 TAG_AT = 32  # first tag word of a node, in m8 words
-PARENT, OFFSET, COUNT = 70, 71, 72
+PARENT, OFFSET, COUNT, SHADOWS, PREV, NEXT, LISTED = 70, 71, 72, 73, 74, 75, 78
+ROOT_AT = 38  # root word of a node, in m8 words
+L_FIRST, L_LAST, L_NODES = 0, 1, 2  # the list of nodes with nothing but shadows
 R_NODE, R_HEIGHT, R_NRPAGES, R_LOCK = 0, 1, 2, 3
 EXISTS = -1000  # insert: some index of the range is taken
 
@@ -62,6 +73,12 @@ def first_bit(bits):
 
 
 @helper
+def is_shadow(entry):
+    """Whether a slot holds the shadow of an evicted folio."""
+    return entry >> SHADOW_BITS == 1
+
+
+@helper
 def find_entry(m4, root, index):
     """pfn of the folio over `index`, or 0."""
     node = np.int64(m4[root + R_NODE])
@@ -71,20 +88,23 @@ def find_entry(m4, root, index):
     while True:
         entry = np.int64(m4[node * WORDS + ((index >> shift) & 63)])
         if entry & NODE_BIT == 0:
-            return entry
+            return np.int64(0) if is_shadow(entry) else entry
         node = entry ^ NODE_BIT
         shift -= 6
 
 
 @helper
 def _next_slot(m4, m8, orders, node, shift, offset, tag):
-    """First slot >= offset of a node that is in use or tagged, 64 if none."""
+    """First slot >= offset of a node that holds a folio or a node or is tagged, 64 if none."""
     if tag < 0:
-        while offset < 64 and m4[node * WORDS + offset] == 0:
+        while offset < 64:
+            entry = np.int64(m4[node * WORDS + offset])
+            if entry != 0 and not is_shadow(entry):
+                break
             offset += 1
         return offset
     entry = np.int64(m4[node * WORDS + offset])
-    if entry != 0 and entry & NODE_BIT == 0:
+    if entry != 0 and entry >> SHADOW_BITS == 0:
         offset &= ~((1 << (np.int64(orders[entry]) - shift)) - 1)
     bits = m8[node * 64 + TAG_AT + tag] >> np.uint64(offset)
     if bits == np.uint64(0):
@@ -129,9 +149,42 @@ def _levels(index, order):
 @helper
 def _take(m4, node):
     """Clear a spare node."""
-    for word in range(node * WORDS, node * WORDS + COUNT + 1):
+    for word in range(node * WORDS, node * WORDS + LISTED + 1):
         m4[word] = 0
     return node
+
+
+@helper
+def _split_shadow(m4, parent, slot, child):
+    """A node takes the place of a slot that may hold a shadow: it becomes one for each below."""
+    entry = m4[parent * WORDS + slot]
+    if entry != 0:
+        for word in range(child * WORDS, child * WORDS + SLOTS):
+            m4[word] = entry
+        m4[child * WORDS + SHADOWS] = SLOTS
+        m4[parent * WORDS + SHADOWS] -= 1
+
+
+@helper
+def _clear_slots(m4, m8, node, first, slots):
+    """Make room for a folio where shadows are, and nodes of shadows; the last of them, or 0.
+
+    Such a node is on the list, and stays there for who frees it.
+    """
+    last = np.int64(0)
+    for word in range(first, first + slots):
+        entry = np.int64(m4[word])
+        if entry & NODE_BIT != 0:
+            child = entry ^ NODE_BIT
+            m8[child * 64 + ROOT_AT] = 0
+            m4[node * WORDS + COUNT] -= 1
+            for below in range(child * WORDS, child * WORDS + SLOTS):
+                if m4[below] != 0:
+                    last = np.int64(m4[below])
+        elif entry != 0:
+            m4[node * WORDS + SHADOWS] -= 1
+            last = entry
+    return last
 
 
 @helper
@@ -151,13 +204,14 @@ def insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare):
     """Put a folio in: spare nodes used (>= 0), -n when n spare nodes are wanted, or EXISTS.
 
     Spare nodes are taken from the end of spare[:nspare]. Nothing is changed on a negative code.
+    Beside it, the shadow that was in the place, with its bit, or 0.
     """
     if next_entry(m4, m8, orders, root, index, index + (1 << order) - 1, ANY) != 0:
-        return EXISTS
+        return np.int64(EXISTS), np.int64(0)
     levels = max(_levels(index, order), np.int64(m4[root + R_HEIGHT]))
     want = 2 * levels - np.int64(m4[root + R_HEIGHT])
     if nspare < want:
-        return -want
+        return -want, np.int64(0)
     left = nspare
     node = np.int64(m4[root + R_NODE])
     while node == 0 or np.int64(m4[root + R_HEIGHT]) < levels:
@@ -174,19 +228,21 @@ def insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare):
     while shift > (order // 6) * 6:
         slot = (index >> shift) & 63
         entry = np.int64(m4[node * WORDS + slot])
-        if entry == 0:
+        if entry & NODE_BIT == 0:
             left -= 1
             entry = _take(m4, np.int64(spare[left])) | NODE_BIT
+            _split_shadow(m4, node, slot, entry ^ NODE_BIT)
             _adopt(m4, m8, node, slot, entry ^ NODE_BIT)
         node = entry ^ NODE_BIT
         shift -= 6
     slots = 1 << (order - shift)
     first = node * WORDS + ((index >> shift) & 63)
+    shadow = _clear_slots(m4, m8, node, first, slots)
     for word in range(first, first + slots):
         m4[word] = pfn
     m4[node * WORDS + COUNT] += slots
     m4[root + R_NRPAGES] += 1 << order
-    return nspare - left
+    return nspare - left, shadow
 
 
 @helper
@@ -253,21 +309,54 @@ def tree_tagged(m4, m8, root, tag):
 
 
 @helper
-def erase_entry(m4, m8, orders, root, index, freed, nfreed):
-    """Take the folio over `index` out; nodes no longer used go to freed[nfreed:], count returned.
+def unlist_node(m4, listed, node):
+    """Take a node off the list of those with nothing but shadows, if it is on it."""
+    if m4[node * WORDS + LISTED] == 0:
+        return
+    before = np.int64(m4[node * WORDS + PREV])
+    after = np.int64(m4[node * WORDS + NEXT])
+    if before != 0:
+        m4[before * WORDS + NEXT] = after
+    else:
+        listed[L_FIRST] = after
+    if after != 0:
+        m4[after * WORDS + PREV] = before
+    else:
+        listed[L_LAST] = before
+    listed[L_NODES] -= 1
+    m4[node * WORDS + LISTED] = 0
 
-    At most one node per level is freed.
+
+@helper
+def list_node(m4, m8, listed, root, node):
+    """Put a node of this tree at the end of the list, if it is not on it."""
+    if m4[node * WORDS + LISTED] != 0:
+        return
+    last = listed[L_LAST]
+    m4[node * WORDS + PREV] = last
+    m4[node * WORDS + NEXT] = 0
+    m4[node * WORDS + LISTED] = 1
+    m8[node * 64 + ROOT_AT] = root
+    if last != 0:
+        m4[last * WORDS + NEXT] = node
+    else:
+        listed[L_FIRST] = node
+    listed[L_LAST] = node
+    listed[L_NODES] += 1
+
+
+@helper
+def prune(m4, m8, listed, root, node, freed, nfreed):
+    """Something left a node: nodes no longer used go to freed[nfreed:], count returned.
+
+    One that has nothing but shadows now stays, on the list. At most one node per level is freed.
     """
-    node, first, slots = _leaf(m4, orders, root, index)
-    pfn = np.int64(m4[node * WORDS + first])
-    for tag in range(3):
-        _clear_bit(m4, m8, node, first, tag)
-    for word in range(node * WORDS + first, node * WORDS + first + slots):
-        m4[word] = 0
-    m4[node * WORDS + COUNT] -= slots
-    m4[root + R_NRPAGES] -= 1 << np.int64(orders[pfn])
     while m4[node * WORDS + COUNT] == 0:
+        if m4[node * WORDS + SHADOWS] != 0:
+            list_node(m4, m8, listed, root, node)
+            return nfreed
         parent = np.int64(m4[node * WORDS + PARENT])
+        unlist_node(m4, listed, node)
         freed[nfreed] = node
         nfreed += 1
         if parent == 0:
@@ -278,7 +367,12 @@ def erase_entry(m4, m8, orders, root, index, freed, nfreed):
         m4[parent * WORDS + COUNT] -= 1
         node = parent
     top = np.int64(m4[root + R_NODE])
-    while m4[top * WORDS + COUNT] == 1 and m4[top * WORDS] & NODE_BIT != 0:
+    while (
+        m4[top * WORDS + COUNT] == 1
+        and m4[top * WORDS + SHADOWS] == 0
+        and m4[top * WORDS] & NODE_BIT != 0
+    ):
+        unlist_node(m4, listed, top)
         freed[nfreed] = top
         nfreed += 1
         top = np.int64(m4[top * WORDS]) ^ NODE_BIT
@@ -286,6 +380,22 @@ def erase_entry(m4, m8, orders, root, index, freed, nfreed):
         m4[root + R_NODE] = top
         m4[root + R_HEIGHT] -= 1
     return nfreed
+
+
+@helper
+def erase_entry(m4, m8, orders, listed, root, index, shadow, freed, nfreed):
+    """Take the folio over `index` out and leave a shadow (with its bit) or nothing (0); `prune`."""
+    node, first, slots = _leaf(m4, orders, root, index)
+    pfn = np.int64(m4[node * WORDS + first])
+    for tag in range(3):
+        _clear_bit(m4, m8, node, first, tag)
+    for word in range(node * WORDS + first, node * WORDS + first + slots):
+        m4[word] = shadow
+    m4[node * WORDS + COUNT] -= slots
+    if shadow != 0:
+        m4[node * WORDS + SHADOWS] += slots
+    m4[root + R_NRPAGES] -= 1 << np.int64(orders[pfn])
+    return prune(m4, m8, listed, root, node, freed, nfreed)
 
 
 @kernel("i8(u4[::1], i8, i8)")
@@ -329,16 +439,16 @@ def gang(m4, m8, orders, indices, root, index, last, tag, out):
 def insert(m4, m8, orders, root, index, order, pfn, spare, nspare):
     """Put a folio in; see insert_entry for the code."""
     spin_lock(m4, root + R_LOCK)
-    code = insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare)
+    code, _ = insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare)
     spin_unlock(m4, root + R_LOCK)
     return code
 
 
-@kernel("i8(u4[::1], u8[::1], u1[::1], i8, i8, u4[::1])")
-def erase(m4, m8, orders, root, index, freed):
-    """Take the folio over `index` out; how many nodes were put into `freed`."""
+@kernel("i8(u4[::1], u8[::1], u1[::1], i8[::1], i8, i8, i8, u4[::1])")
+def erase(m4, m8, orders, listed, root, index, shadow, freed):
+    """Take the folio over `index` out; how many nodes were put into `freed`. See erase_entry."""
     spin_lock(m4, root + R_LOCK)
-    n = erase_entry(m4, m8, orders, root, index, freed, 0)
+    n = erase_entry(m4, m8, orders, listed, root, index, shadow, freed, 0)
     spin_unlock(m4, root + R_LOCK)
     return n
 

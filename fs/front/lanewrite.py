@@ -128,7 +128,7 @@ def _dress(l, handle, pfn, at):
 def _insert(l, root, pfn):
     """Put a dressed folio in, for which nodes are there and nothing is cached in its place."""
     left = l.me[M_NR_NODES]
-    used = insert_entry(
+    used, _ = insert_entry(
         l.m4, l.m8, l.order, root, l.index[pfn], np.int64(l.order[pfn]), pfn, l.nodes, left
     )
     l.me[M_NR_NODES] = left - max(used, 0)

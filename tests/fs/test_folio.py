@@ -213,6 +213,7 @@ class Cached:
             used = gather.attach(
                 self.m4, self.m8, self.flags, self.orders, self.indices, self.blocks,
                 self.mapping, self.root, 1, index, order, pfn, spare, left, 0,
+                np.zeros(1, np.int64),
             )  # fmt: skip
             assert used >= 0
             left -= used
