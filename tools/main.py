@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -145,6 +146,47 @@ def demo(
 
     if not show.demo(size, memory, cache, runtime):
         raise typer.Exit(1)
+
+
+@app.command()
+def lab(
+    minutes: Annotated[float, typer.Option(help="Of the first policy's run.")] = 10.0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Under which the same loads run; repeat. The first has the most time."),
+    ] = None,
+    control_minutes: Annotated[float, typer.Option(help="Of each other policy's run.")] = 2.0,
+    memory: Memory = "16M",
+    files: Annotated[int, typer.Option(help="Files that the storm looks at.")] = 200_000,
+    times_memory: Annotated[float, typer.Option(help="What the writers write, in memories.")] = 64,
+    mkfs: Annotated[str, typer.Option(help="Words for mkfs.xfs, as '-b size=64k'.")] = "",
+    virtual: Annotated[float, typer.Option(help="Seconds on the virtual clock; 0: none.")] = 3600.0,
+    virtual_minutes: Annotated[float, typer.Option(help="Real minutes for them at most.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Endurance: eight writers, a stat storm, large folios and unlink floods in a small arena.
+
+    On a mount in a control group under each policy, then on a volume on a virtual clock.
+    """
+    from tools.lab import endurance, report
+    from tools.lab.virtual import hour
+
+    words = tuple(mkfs.split())
+    rules = policy or ["irix", "linux", "mayfail"]
+    times = [minutes, *[control_minutes] * (len(rules) - 1)]
+    plans = [
+        endurance.Plan(rule, 60 * time, memory, files, words, times_memory)
+        for rule, time in zip(rules, times, strict=True)
+    ]
+    outcomes = [endurance.run(plan) for plan in plans if plan.seconds]
+    plan = replace(plans[0], policy="irix", seconds=virtual)
+    hours = hour(plan, 60 * virtual_minutes) if virtual else None
+    if as_json:
+        typer.echo(json.dumps(report.as_json(outcomes, hours), indent=2))
+    else:
+        report.show(outcomes, hours)
+    if any(outcome.problems() for outcome in outcomes) or (hours and hours.problems()):
+        raise typer.Exit(EXIT_DIFFERENCE)
 
 
 if __name__ == "__main__":

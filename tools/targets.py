@@ -186,9 +186,17 @@ def _end(mount: OurMount) -> int:
 
 @contextmanager
 def ours(
-    image: Path, where: Path, memory: str = "256M", cache: str = "none", options: str = ""
+    image: Path,
+    where: Path,
+    memory: str = "256M",
+    cache: str = "none",
+    options: str = "",
+    launcher: Sequence[str] = (),
 ) -> Iterator[OurMount]:
-    """Mount `image` at `where`; leaving unmounts and demands that the daemon exits with 0."""
+    """Mount `image` at `where`; leaving unmounts and demands that the daemon exits with 0.
+
+    `launcher`: words before the daemon's command line.
+    """
     where.mkdir(parents=True, exist_ok=True)
     log = image.with_name(image.name + ".log")
     words = ["mount", "-f", "--memory", memory, "-o", f"cache={cache}"]
@@ -196,7 +204,7 @@ def ours(
         words += ["-o", options]
     with open(log, "ab") as sink:
         process = subprocess.Popen(
-            program(*words, image, where),
+            [*launcher, *program(*words, image, where)],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,

@@ -1,0 +1,248 @@
+"""The four loads on a mount with a small arena, in a control group, under one policy.
+
+First the storm's files are made, then all loads run side by side, each a process, for the time
+of the plan; then the image is unmounted and `xfs_repair -n` judges it. While it runs the reports of
+the mount are read once a second, because a mount that shuts down takes them with it.
+
+Under irix `problems` must find nothing. Under the other policies the failures and the shutdown
+are the result, and only bytes that nobody wrote are a problem.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fs import warmup
+from fs.enomem import ENDS
+from fs.front.options import escape
+from tools.lab.cgroup import Cgroup, limited
+from tools.lab.files import Tally
+from tools.lab.loads import CELL, Sizes, crew
+from tools.progress import Progress
+from tools.targets import (
+    MIN_IMAGE,
+    OurMount,
+    TargetError,
+    child_environment,
+    make_image,
+    ours,
+    repair,
+    scratch_dir,
+    size_of,
+)
+
+TIMES_MEMORY = 64  # what the writers write
+RSS_CONSTANT = 250 << 20  # interpreter, numpy, compiler and compiled kernels
+STARVED_S = 30.0  # a wait for memory that is as long is no wait any more
+HANG_S = 900.0  # beyond the plan's time: the daemon is stuck, and is killed
+SAMPLE_S = 1.0
+COMPLAINTS_KEPT = 8
+STALL = "possible memory allocation deadlock"  # somebody waits, as irix promises, and says so
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run; `mkfs` are words for mkfs.xfs."""
+
+    policy: str = "irix"
+    seconds: float = 600.0
+    memory: str = "16M"
+    files: int = 200_000
+    mkfs: tuple[str, ...] = ()
+    times_memory: float = TIMES_MEMORY
+    flood_files: int = 2000
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the loads want of it."""
+        one = int(size_of(self.memory) * self.times_memory) // Sizes.writers
+        each = max(one // CELL * CELL, CELL)
+        return Sizes(writer_bytes=each, files=self.files, flood_files=self.flood_files)
+
+    @property
+    def image_size(self) -> int:
+        """Bytes; room for everything twice."""
+        sizes = self.sizes
+        return MIN_IMAGE + 2 * sizes.writers * sizes.writer_bytes + 2048 * self.files
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the daemon may have, of all kinds."""
+        return size_of(self.memory) + RSS_CONSTANT
+
+
+@dataclass
+class Outcome:
+    """What a run showed; sizes in bytes, times in seconds."""
+
+    plan: Plan
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    vmstat: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, dict[str, int]] = field(default_factory=dict)  # allocations: end, site
+    peak_rss: int = 0
+    cgroup_peak: int | None = None
+    oom_kills: int | None = None
+    exit_status: int | None = None
+    end: str = ""  # what the mount said at its end, when that was no success
+    shutdown: str = ""
+    complaints: list[str] = field(default_factory=list)
+    clean: bool = False
+    repair: str = ""
+
+    @property
+    def requests_failed(self) -> dict[str, int]:
+        """Of all loads, by operation and errno."""
+        whole = Tally("all")
+        for tally in self.tallies.values():
+            whole.add(tally)
+        return whole.failures
+
+    @property
+    def longest_wait(self) -> float:
+        """The longest that anybody waited for memory."""
+        return self.vmstat.get("alloc_wait_longest_ms", 0) / 1000
+
+    def problems(self) -> list[str]:
+        """What should not have been; see the module."""
+        found = [wrong for tally in self.tallies.values() for wrong in tally.wrong]
+        if self.oom_kills:
+            found.append(f"{self.oom_kills} OOM kills in the control group")
+        if self.peak_rss > self.plan.limit:
+            found.append(f"resident size {self.peak_rss} above {self.plan.limit}")
+        if self.plan.policy != "irix":
+            return found
+        found += [f"{count} requests failed: {name}" for name, count in
+                  self.requests_failed.items()]  # fmt: skip
+        found += [f"{tally.load} ended: {tally.ended}" for tally in self.tallies.values()
+                  if tally.ended]  # fmt: skip
+        found += [line for line in self.complaints if STALL not in line]
+        if self.longest_wait >= STARVED_S:
+            found.append(f"somebody waited {self.longest_wait:.1f} s for memory")
+        if self.exit_status or self.end:
+            found.append(f"the daemon ended with {self.exit_status}: {self.end}")
+        if not self.clean:
+            found.append(f"xfs_repair -n: {self.repair[-300:]}")
+        return found
+
+
+class Crew:
+    """Loads as processes."""
+
+    def __init__(self, root: Path, loads: list[tuple[str, int]], plan: Plan, log: Path) -> None:
+        words = json.dumps(asdict(plan.sizes))
+        self._log = log
+        with open(log, "ab") as sink:
+            self._children = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "tools.lab.loads", load, str(root), str(number),
+                     str(plan.seconds), words],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=sink, cwd="/",
+                    env=child_environment(),
+                )
+                for load, number in loads
+            ]  # fmt: skip
+
+    @property
+    def running(self) -> int:
+        """How many are at work."""
+        return sum(child.poll() is None for child in self._children)
+
+    def tallies(self) -> list[Tally]:
+        """What they did, once all have ended. Raises TargetError with what a failed one said."""
+        found = []
+        for child in self._children:
+            out = child.communicate()[0].decode()
+            if child.returncode:
+                said = self._log.read_text(errors="replace").splitlines()
+                raise TargetError(f"a load gave {child.returncode}: {said[-1] if said else ''}")
+            found.append(Tally(**json.loads(out)))
+        return found
+
+
+def sample(mount: OurMount, outcome: Outcome) -> None:
+    """The mount's counters as they are now; those of before when it gives none any more."""
+    outcome.peak_rss = max(outcome.peak_rss, mount.peak_rss_kib() << 10)
+    try:
+        text = (mount.path / ".nofail/vmstat").read_text()
+    except OSError:
+        return
+    outcome.vmstat = {name: int(count) for name, count in
+                      (line.split() for line in text.splitlines())}  # fmt: skip
+
+
+def work(mount: OurMount, outcome: Outcome, bar: Progress) -> None:
+    """Set up, then all loads side by side."""
+    plan = outcome.plan
+    log = mount.log.with_suffix(".loads")
+    for phase, loads in (("setup", [("plant", 0), ("plant", 1)]), ("loads", crew(plan.sizes))):
+        began = time.monotonic()
+        bar.say(f"{plan.policy}: {phase}")
+        loads_of_phase = Crew(mount.path, loads, plan, log)
+        while loads_of_phase.running:
+            time.sleep(SAMPLE_S)
+            sample(mount, outcome)
+            if phase == "loads":
+                bar.advance(min(int(time.monotonic() - began), bar.total) - bar.done)
+        for tally in loads_of_phase.tallies():
+            outcome.tallies.setdefault(tally.load, Tally(tally.load)).add(tally)
+        outcome.seconds[phase] = time.monotonic() - began
+        if any(tally.ended for tally in outcome.tallies.values()):
+            return
+    sample(mount, outcome)
+
+
+def _read_log(log: Path, outcome: Outcome) -> None:
+    """What the daemon said: its complaints, why it shut down, and which allocations failed."""
+    text = log.read_text(errors="replace")
+    bad = re.compile(r"WARN|ERROR|CRITICAL|Traceback")
+    outcome.complaints = list(filter(bad.search, text.splitlines()))[:COMPLAINTS_KEPT]
+    for end, count, site in re.findall(rf" INFO ({'|'.join(ENDS)}): (\d+) (.*)", text):
+        outcome.failures.setdefault(end, {})[site] = int(count)
+    found = re.search(r"Corruption of in-memory data \(0x8\) detected: (.*?)\.  Shutting", text)
+    outcome.shutdown = found.group(1) if found else ""
+
+
+def _mounted(image: Path, group: Cgroup | None, outcome: Outcome, bar: Progress) -> None:
+    plan = outcome.plan
+    options = f"policy={escape(plan.policy)}"
+    launcher = group.launcher() if group else ()
+    where = image.with_name("mnt")
+    try:
+        with ours(image, where, plan.memory, options=options, launcher=launcher) as mount:
+            hang = threading.Timer(plan.seconds + HANG_S, mount.process.kill)
+            hang.daemon = True
+            hang.start()
+            try:
+                work(mount, outcome, bar)
+            finally:
+                hang.cancel()
+    except TargetError as error:
+        outcome.end = str(error).split("\n")[0]
+    outcome.exit_status = mount.process.returncode
+    _read_log(mount.log, outcome)
+
+
+def run(plan: Plan, quiet: bool = False) -> Outcome:
+    """The whole of it. Raises TargetError when it could not even begin."""
+    outcome = Outcome(plan)
+    with Progress("lab", int(plan.seconds / SAMPLE_S), quiet) as bar:
+        warmup.warm()  # compiling takes more memory than the control group allows
+        with scratch_dir(plan.image_size) as scratch, limited(plan.limit) as group:
+            if group is None:
+                bar.say("no control group can be made here: the resident size is watched instead")
+            image = make_image(scratch / "image", plan.image_size, plan.mkfs)
+            with open(image, "r+b") as file:  # its pages are our charge, not the daemon's
+                subprocess.run(["fallocate", "-l", str(plan.image_size), file.name], check=True)
+            _mounted(image, group, outcome, bar)
+            if group is not None:
+                outcome.cgroup_peak, outcome.oom_kills = group.peak, group.oom_kills
+            outcome.clean, outcome.repair = repair(image)
+    return outcome
