@@ -38,7 +38,6 @@ LATENCY_S = 0.004
 BYTES_S = 4 << 20
 PAUSE_S = 0.02  # on the average
 CHECK_S = 30.0
-BACKLOG = 1000  # unlinked inodes that wait to be freed, before who unlinks waits for them
 SECONDS = 3600.0
 
 
@@ -121,7 +120,7 @@ class InVolume:
 
     async def unlink(self, name: str) -> None:
         await namespace.unlink(self._vol, *self._split(name))
-        await self._vol.drain_inactive(BACKLOG)
+        await self._vol.inodegc.throttle()
 
     async def stat(self, name: str) -> int:
         ip = await self.open(name)
