@@ -1,5 +1,7 @@
 """Tunables of a mount, under the names and with the meaning that they have below /proc/sys.
 
+Those of `rcutree` are the parameters of that module in the kernel.
+
 Each is one number. Writing it takes effect at once; what is out of range, or would leave the memory
 manager without memory, is EINVAL and changes nothing. Of a ratio and its bytes the one that was
 written last holds, and the other reads 0, as in Linux.
@@ -65,7 +67,7 @@ async def write(tunable: Tunable, data: bytes) -> None:
 
 def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
-    return {**_marks(vol), **_dirty(vol), **_periods(vol), **_caches(vol)}
+    return {**_marks(vol), **_dirty(vol), **_periods(vol), **_caches(vol), **_rcu(vol)}
 
 
 def _marks(vol: Volume) -> dict[str, Tunable]:
@@ -168,6 +170,31 @@ def _caches(vol: Volume) -> dict[str, Tunable]:
         "vm/vfs_cache_pressure": Tunable(
             lambda: arena.vfs_cache_pressure, set_pressure, 1, INT_MOST
         ),
+    }
+
+
+def _rcu(vol: Volume) -> dict[str, Tunable]:
+    """The kernel's module parameters of RCU; marks are bytes here, blimit is objects."""
+    rcu = vol.arena.rcu
+
+    def mark(name: str) -> Tunable:
+        def change(value: int) -> None:
+            marks = {"qlowmark": rcu.qlowmark, "qhimark": rcu.qhimark, "qovld": rcu.qovld}
+            marks[name] = value
+            if not marks["qlowmark"] <= marks["qhimark"] <= marks["qovld"]:
+                raise ValueError("qlowmark, qhimark and qovld are in this order")
+            setattr(rcu, name, value)
+
+        return Tunable(lambda: int(getattr(rcu, name)), change, 0, vol.arena.memory_bytes // 4)
+
+    def set_blimit(value: int) -> None:
+        rcu.blimit = value
+
+    return {
+        "rcutree/blimit": Tunable(lambda: rcu.blimit, set_blimit, 1, INT_MOST),
+        "rcutree/qhimark": mark("qhimark"),
+        "rcutree/qlowmark": mark("qlowmark"),
+        "rcutree/qovld": mark("qovld"),
     }
 
 

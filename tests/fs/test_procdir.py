@@ -117,6 +117,17 @@ async def test_what_is_no_number_in_range_is_refused(scratch: Path) -> None:
                 assert sysctl.parse(b" %d\n" % n, tunable) == n
 
 
+async def test_the_marks_of_rcu_keep_their_order(scratch: Path) -> None:
+    async with opened(support.mkfs(scratch)) as vol:
+        tunables, rcu = sysctl.tunables(vol), vol.arena.rcu
+        assert (rcu.qlowmark, rcu.qhimark, rcu.qovld) == (5242, 512 << 10, 1 << 20)
+        await sysctl.write(tunables["rcutree/qhimark"], b"6000")
+        assert tunables["rcutree/qhimark"].read() == rcu.qhimark == 6000
+        for name, value in (("qhimark", b"5241"), ("qovld", b"5999"), ("qlowmark", b"6001")):
+            with pytest.raises(OSError, match="in this order"):
+                await sysctl.write(tunables[f"rcutree/{name}"], value)
+
+
 async def test_lanes_park_what_is_no_inodes(scratch: Path) -> None:
     async with opened(support.mkfs(scratch)) as vol, a_desk(vol) as desk:
         desk.put(wire.READ, handles.APART | handles.FULL_SYNC | 1, 0, 100, 0, b"")

@@ -57,7 +57,7 @@ def test_it_is_found_and_not_listed(root: Path, proc: Path) -> None:
     assert stat.S_ISDIR(proc.stat().st_mode)
     assert {*REPORTS, "waiters", "pressure", "sys"} == set(os.listdir(proc))
     assert os.listdir(proc / "pressure") == ["memory"]
-    assert sorted(os.listdir(proc / "sys")) == ["fs", "vm"]
+    assert sorted(os.listdir(proc / "sys")) == ["fs", "rcutree", "vm"]
     status = (proc / "meminfo").stat()
     assert (status.st_size, stat.S_IMODE(status.st_mode)) == (0, 0o444)
     assert stat.S_IMODE((proc / "sys/vm/dirty_ratio").stat().st_mode) == 0o644
@@ -132,6 +132,8 @@ def test_reads_by_offset_are_of_one_moment(root: Path, proc: Path) -> None:
         ("vm/dirty_writeback_centisecs", 100),
         ("vm/dirty_expire_centisecs", 1000),
         ("fs/xfs/xfssyncd_centisecs", 600),
+        ("rcutree/blimit", 20),
+        ("rcutree/qhimark", 300_000),
     ],
 )
 def test_a_tunable_is_read_and_written(proc: Path, name: str, value: int) -> None:
