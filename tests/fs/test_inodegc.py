@@ -17,7 +17,7 @@ from fs.volume import Volume
 from tests import support
 from tests.fs.dirimages import opened, using
 
-NAMES = ("rcu", "xfs_buf", "xfs_inode", "dentry", "page_cache", "xfs_inodegc")
+NAMES = ("rcu", "xfs_buf", "xfs_inode", "dentry", "page_cache", "mm-shadow", "xfs_inodegc")
 
 
 async def make(vol: Volume, root: Inode, count: int, size: int) -> list[Inode]:
