@@ -142,6 +142,7 @@ class Arena:
         self.register_shrinker(self.rcu)
         self._slab_caches: dict[str, Slab] = {}
         self.mempools: list[Mempool] = []
+        self.vmstat.gauge("mempool_waits", lambda: sum(pool.waits for pool in self.mempools))
         self.set_policy(policy)
         self.closed = False
 

@@ -10,7 +10,6 @@ from alloc.arena import Arena
 from alloc.gfp import KERNEL, MEMALLOC, NOWAIT
 from alloc.victim import ROUNDS
 from alloc.wait import POLL_S
-from tests.alloc.caches import FolioCache
 
 SHED = "out of memory: shed"
 REPORT = "possible memory allocation deadlock"
@@ -41,18 +40,20 @@ class Pinned:
 
 @pytest.fixture
 def pinned(arena: Arena):
-    """Two holders, and nothing else in memory that could be had; what is left is put back."""
+    """Two holders, and nothing else in memory that could be had."""
     made = [Pinned(arena, "one"), Pinned(arena, "other")]
     for holder, sizes in zip(made, [(3, 20), (40, 10)], strict=True):
         for size in sizes:
             holder.take(size)
-    rest = FolioCache(arena)
-    rest.fill(dirty=True)
+    rest = []
+    while (pfn := arena.try_alloc_folio(0, NOWAIT)) is not None:
+        rest.append(pfn)
     yield made
     for holder in made:
         while holder.pieces:
             holder.shed()
-    rest.drop()
+    for pfn in rest:
+        arena.put_folio(pfn)
 
 
 async def take(arena: Arena, pages: int) -> None:
