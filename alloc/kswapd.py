@@ -24,6 +24,7 @@ import trio
 from alloc import gfp as gfp_flags
 from alloc.page import W_FREE, W_HIGH, W_KSWAPD, Words
 from alloc.shrinker import PRIORITY_FIRST
+from alloc.throttle import SWAP_CLUSTER_MAX, WRITEBACK
 from alloc.vmstat import VmStat
 from alloc.zone import take_boost
 
@@ -35,7 +36,6 @@ CLEANERS_BELOW_PRIORITY = 10
 MAX_FAILURES = 16
 NAP_S = 0.1
 PRIORITY_LAST = 1
-SWAP_CLUSTER_MAX = 32
 
 
 class Kswapd:
@@ -50,6 +50,7 @@ class Kswapd:
         self._waiting = waiting
         self._wake = trio.Event()
         self._kicked = trio.Event()
+        self._passed = trio.Event()
         self._tasks = 0
         self.failures = 0  # runs in a row that freed nothing
 
@@ -88,12 +89,23 @@ class Kswapd:
                         self._wake, self._kicked = trio.Event(), trio.Event()
                         with self._working():
                             balanced = await self._balance()
+                        self._note_pass()
                         again = await (self._nap() if balanced else self._back_off())
         finally:
             self._tasks -= 1
+            self._note_pass()
+
+    async def wait_pass(self) -> None:
+        """Until it has made a pass, or ended; it must be running."""
+        await self._passed.wait()
+
+    def _note_pass(self) -> None:
+        self._passed.set()
+        self._passed = trio.Event()
 
     async def _nap(self) -> bool:
         """After a run that reached its aim: whether another is due so soon."""
+        self._reclaim.throttle.balanced()
         with trio.move_on_after(NAP_S):
             await self._wake.wait()
         if self._wake.is_set():
@@ -138,8 +150,11 @@ class Kswapd:
             target = max(self._short(boost), SWAP_CLUSTER_MAX)
             freed = reclaim.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
             total += freed
+            self._note_pass()
             if self._balanced(boost) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
                 break
+            if reclaim.throttle.stat.immediate:
+                await reclaim.throttle.wait(WRITEBACK)
             if freed < SWAP_CLUSTER_MAX and priority <= CLEANERS_BELOW_PRIORITY:
                 reclaim.wake_cleaners()
             if not freed or reclaim.scanned < enough:

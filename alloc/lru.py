@@ -292,6 +292,8 @@ class Lru:
         self._wanted_order = wanted_order
         self._scanner = scanner
         self._out = np.zeros(2 * BATCH_MAX, dtype=np.uint32)
+        self.nr_isolated = 0  # pages
+        vmstat.gauge("nr_isolated_file", lambda: self.nr_isolated)
 
     @property
     def nr_inactive(self) -> int:
@@ -365,11 +367,12 @@ class Lru:
     def isolate(self, nr: int) -> list[int]:
         """About `nr` folios from the inactive tail, off the lists, with a reference each.
 
-        More than `nr` when a larger block is wanted. Every one must be put back or freed.
+        More than `nr` when a larger block is wanted. Every one must be put back or released.
         """
         lumpy = self._wanted_order()
         n = lru_isolate(*self._buddy, self._out, min(nr, BATCH_MAX), lumpy)
         pfns: list[int] = self._out[:n].tolist()
+        self.nr_isolated += sum(1 << int(self._buddy.order[pfn]) for pfn in pfns)
         self._vmstat.add(f"pgscan_{self._scanner()}", n)
         return pfns
 
@@ -379,4 +382,12 @@ class Lru:
         True when that was the last one: its cache let go of it meanwhile, and it is freed.
         """
         self._move(pfn, ADD)
+        return self.release(pfn)
+
+    def release(self, pfn: int) -> bool:
+        """An isolated folio is to return to no list; drops isolate's reference.
+
+        True when that was the last one: its cache let go of it, and it is freed.
+        """
+        self.nr_isolated -= 1 << int(self._buddy.order[pfn])
         return self._put_folio(pfn)

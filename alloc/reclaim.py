@@ -6,24 +6,27 @@ reclaim from 12 to 0; priority 0 looks at everything, twice, so a task sleeps on
 nothing left to free. Memory that is dirty is not reclaim's to clean: when clean memory runs short
 it wakes the cleaners (flusher, metadata writer), and their progress comes back as `kick`.
 
-Passes are synchronous and never allocate. Between passes the loop gets its turn, without a
-cancellation point. One pass runs at a time: a shrinker must not cause another.
+Passes are synchronous and never allocate. Between passes the loop gets its turn, and direct reclaim
+may be throttled (alloc/throttle.py). One pass runs at a time: a shrinker must not cause another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import trio
 
 from alloc import gfp as gfp_flags
 from alloc import lockdep
-from alloc.kswapd import CLEANERS_BELOW_PRIORITY, SWAP_CLUSTER_MAX, Kswapd
-from alloc.page import W_FREE, Words
+from alloc.kswapd import CLEANERS_BELOW_PRIORITY, Kswapd
+from alloc.page import W_FREE, W_MIN, Words
 from alloc.shrinker import NO_NODE, PRIORITY_FIRST, Shrinker, ShrinkerState
+from alloc.throttle import CONGESTED, ISOLATED, NOPROGRESS, SWAP_CLUSTER_MAX, Throttle
 from alloc.vmstat import VmStat
 
 MAX_RECLAIM_RETRIES = 16
+RESERVE_WAIT_S = 1.0  # for what may hold locks that kswapd needs
 VAIN_STEP = 3
 VAIN_S = 0.05
 
@@ -35,6 +38,7 @@ class Reclaim:
         self._words = words
         self._vmstat = vmstat
         self.background = Kswapd(self, words, vmstat, waiting)
+        self.throttle = Throttle(vmstat, lambda: self.background.hopeless)
         self._shrinkers: list[ShrinkerState] = []
         self._cleaners: list[Callable[[], None]] = []
         self._kicks = 0
@@ -82,6 +86,7 @@ class Reclaim:
             validator.took(lockdep.FS_RECLAIM)
         self._in_pass = True
         self.who = who
+        self.throttle.begin_pass(who == "kswapd")
         self.scanned = 0
         free_before = int(self._words[W_FREE])
         freed = 0
@@ -92,6 +97,7 @@ class Reclaim:
                 freed += nr_freed
         finally:
             self._in_pass = False
+            self.throttle.end_pass()
             if validator is not None:
                 validator.dropped(lockdep.FS_RECLAIM)
         gained = max(int(self._words[W_FREE]) - free_before, 0)
@@ -100,6 +106,8 @@ class Reclaim:
         progress = max(freed, gained)
         if progress:
             self.background.failures = 0
+        if progress > self.scanned >> 3:
+            self.throttle.wake(NOPROGRESS)
         return progress
 
     def light_round(self, gfp: int) -> int:
@@ -124,6 +132,9 @@ class Reclaim:
         """
         if self._in_vain(gfp):
             return
+        await self._spare_reserve(gfp, satisfied)
+        if self._too_many_isolated(gfp):
+            await self.throttle.wait(ISOLATED)
         freed = 0
         for priority, freed in self._rounds(gfp):
             if satisfied():
@@ -132,10 +143,44 @@ class Reclaim:
                 self.wake_cleaners()
             if freed:
                 await trio.lowlevel.cancel_shielded_checkpoint()
-                if satisfied():
-                    return
+            await self._consider_throttle(priority, freed)
+            if satisfied():
+                return
         if not freed:
             self._note_in_vain(gfp)
+
+    async def _consider_throttle(self, priority: int, freed: int) -> None:
+        """After a pass of direct reclaim: whether to wait a moment before the next."""
+        if priority == 1 and not freed:
+            await self.throttle.wait(NOPROGRESS)
+        if self.throttle.congested:
+            await self.throttle.wait(CONGESTED)
+
+    def _too_many_isolated(self, gfp: int) -> bool:
+        """Whether others have isolated too much; transactions may add more before that."""
+        inactive = self._vmstat["nr_inactive_file"]
+        if not gfp & gfp_flags.NOIO:
+            inactive >>= 3
+        return self._vmstat["nr_isolated_file"] > inactive
+
+    def _reserve_is_short(self) -> bool:
+        """Whether less than half of `min` is free and kswapd works on it."""
+        if not self.background.running or self.background.hopeless:
+            return False
+        return int(self._words[W_FREE]) <= int(self._words[W_MIN]) // 2
+
+    async def _spare_reserve(self, gfp: int, satisfied: Callable[[], bool]) -> None:
+        """Those who clean live on the rest of the reserve: kswapd refills it first.
+
+        Who may hold locks that kswapd needs waits for a second at most.
+        """
+        if not self._reserve_is_short():
+            return
+        self._vmstat.add("pgscan_direct_throttle")
+        with trio.move_on_after(RESERVE_WAIT_S if gfp & gfp_flags.NOFS else math.inf):
+            while self._reserve_is_short() and not satisfied():
+                self.wake_kswapd()
+                await self.background.wait_pass()
 
     def _rounds(self, gfp: int) -> Iterator[tuple[int, int]]:
         """Passes of direct reclaim, each as (priority, freed), until one at 0 frees nothing.
@@ -157,9 +202,10 @@ class Reclaim:
     def next_priority(self, priority: int, freed: int) -> int:
         """After a pass that looked at something and freed nothing the next looks much further.
 
-        So a vain round costs little more than its last pass.
+        So a vain round costs little more than its last two passes.
         """
-        return max(priority - (VAIN_STEP if self.scanned and not freed else 1), 0)
+        step = VAIN_STEP if self.scanned and not freed else 1
+        return max(priority - step, 1 if priority > 1 else 0)
 
     def _in_vain(self, gfp: int) -> bool:
         """Whether a full round with these rights or more has just found nothing."""

@@ -44,6 +44,7 @@ NAMES = (
     "pgsteal_direct",
     "pgscan_kswapd",
     "pgscan_direct",
+    "pgscan_direct_throttle",
     "pgactivate",
     "pgdeactivate",
     "pgrotated",

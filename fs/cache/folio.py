@@ -394,6 +394,7 @@ class PageCache:
         for pfn in ioend.folios[:n].tolist():
             self._wake(pfn)
             self.arena.put_folio(pfn)
+        self.arena.reclaim.throttle.written(ioend.nr_pages)
         self.dirty.admit()
 
     def tag_towrite(self, handle: int, index: int, last: int) -> None:
@@ -477,17 +478,23 @@ class PageCache:
         pfns = lru.isolate(min(nr, SCAN_BATCH))
         if not pfns:
             return 0
-        verdicts = self._evict(pfns)
+        throttle = self.arena.reclaim.throttle
         freed = unqueued = 0
-        for pfn, verdict in zip(pfns, verdicts, strict=True):
+        for pfn, verdict in zip(pfns, self._evict(pfns), strict=True):
+            pages = 1 << int(self.pages.order[pfn])
+            throttle.stat.taken += pages
             if verdict == gather.EVICTED:
-                freed += 1 << int(self.pages.order[pfn])
+                freed += pages
                 self.arena.put_folio(pfn)
-                self.arena.put_folio(pfn)
+                lru.release(pfn)
                 continue
-            if verdict in (gather.IS_DIRTY, gather.IS_WRITEBACK):
+            if verdict == gather.IS_DIRTY:
+                throttle.met_dirty(pages)
+                unqueued += 1
+            elif verdict != gather.IN_USE:
+                throttle.met_writeback(pages, marked=verdict == gather.IS_CONGESTED)
+            if verdict != gather.IN_USE:
                 lru.activate(pfn)
-                unqueued += verdict == gather.IS_DIRTY
             lru.putback(pfn)
         if unqueued == len(pfns):
             self.vol.flusher.clean_some()

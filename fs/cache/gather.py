@@ -41,7 +41,8 @@ from fs.cache.radix import (
 )
 from writeback.dirty import NR_DIRTY, NR_WRITEBACK, NR_WRITTEN
 
-EVICTED, IS_DIRTY, IS_WRITEBACK, IN_USE = 0, 1, 2, 3  # what evict says about a folio
+# what evict says about a folio; IS_CONGESTED: under write-back, and met by reclaim before
+EVICTED, IS_DIRTY, IS_WRITEBACK, IS_CONGESTED, IN_USE = range(5)
 
 
 @kernel(
@@ -278,9 +279,8 @@ def evict(
     """Take isolated folios pfns[:n] out of their mappings where that needs nobody's leave.
 
     Each leaves a shadow. `inode_words`, `first_word`: where the mapping of an inode handle is in
-    m4; `words` are the arena's. Verdicts are EVICTED, IS_DIRTY, IS_WRITEBACK, IN_USE. Returns how
-    many nodes are in `freed` (room for 10 a folio). A folio here has two references: its mapping's
-    and that of who isolated it.
+    m4; `words` are the arena's. Returns how many nodes are in `freed` (room for 10 a folio). A
+    folio here has two references: its mapping's and that of who isolated it.
     """
     nfreed = 0
     for i in range(n):
@@ -294,8 +294,8 @@ def evict(
         if mapping[pfn] != handle or state & LOCKED != 0:
             verdicts[i] = IN_USE
         elif state & WRITEBACK != 0:
-            fetch_or(flags, pfn, RECLAIM)
-            verdicts[i] = IS_WRITEBACK
+            marked = fetch_or(flags, pfn, RECLAIM) & RECLAIM != 0
+            verdicts[i] = IS_CONGESTED if marked else IS_WRITEBACK
         elif state & DIRTY != 0:
             fetch_or(flags, pfn, RECLAIM)
             verdicts[i] = IS_DIRTY

@@ -60,5 +60,5 @@ class FolioCache:
                 continue
             del self.folios[pfn]
             self.arena.put_folio(pfn)
-            freed += self.arena.put_folio(pfn)
+            freed += self.arena.lru.release(pfn)
         return freed
