@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from alloc import gfp, lockdep
 from alloc.page import LOCKED, WRITEBACK
@@ -27,6 +28,7 @@ from fs import writepages
 from fs.cache import blocks, gather, mapping, radix, readahead
 from fs.cache.inode import INODE, Inode
 from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
+from fs.cache.relocate import relocate
 from fs.cache.shadow import ShadowNodes
 from fs.xfs import layout as L
 from fs.xfs.extents import REC_BYTES
@@ -115,6 +117,7 @@ class PageCache:
         self.arena.victims.register(self.windows)
         self.arena.register_shrinker(self.shadows, seeks=0)
         self.arena.vmstat.gauge("workingset_nodes", lambda: self.shadows.nr_nodes)
+        self.arena.compaction.register_mover(self)
         self.arena.vmstat.gauge("nr_dirty", lambda: self.dirty.nr_dirty)
         self.arena.vmstat.gauge("nr_writeback", lambda: self.dirty.nr_writeback)
         self.arena.vmstat.gauge("nr_dirty_threshold", lambda: self.dirty.limit)
@@ -499,6 +502,15 @@ class PageCache:
         if unqueued == len(pfns):
             self.vol.flusher.clean_some()
         return freed
+
+    def move_folios(
+        self, sources: NDArray[np.int64], targets: NDArray[np.int64], verdicts: NDArray[np.int64]
+    ) -> None:
+        """See `alloc.migrate.Mover`."""
+        relocate(
+            self.arena.words, *self.pages, self.arena.mem, self.m4, INODE_WORDS, MAPPING_WORD,
+            sources, targets, verdicts,
+        )  # fmt: skip
 
     def _evict(self, pfns: list[int]) -> list[int]:
         """The verdict of the kernel on each isolated folio."""

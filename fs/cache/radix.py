@@ -261,6 +261,14 @@ def _leaf(m4, orders, root, index):
 
 
 @helper
+def replace_entry(m4, orders, root, index, pfn):
+    """The folio over `index` is now at `pfn`, as large as it was; its tags stay."""
+    node, first, slots = _leaf(m4, orders, root, index)
+    for word in range(node * WORDS + first, node * WORDS + first + slots):
+        m4[word] = pfn
+
+
+@helper
 def set_tag(m4, m8, orders, root, index, tag):
     """Tag the folio over `index`."""
     node, slot, _ = _leaf(m4, orders, root, index)
@@ -451,6 +459,14 @@ def erase(m4, m8, orders, listed, root, index, shadow, freed):
     n = erase_entry(m4, m8, orders, listed, root, index, shadow, freed, 0)
     spin_unlock(m4, root + R_LOCK)
     return n
+
+
+@kernel("void(u4[::1], u1[::1], i8, i8, i8)")
+def replace(m4, orders, root, index, pfn):
+    """Put another folio of the same order in the place of the one over `index`."""
+    spin_lock(m4, root + R_LOCK)
+    replace_entry(m4, orders, root, index, pfn)
+    spin_unlock(m4, root + R_LOCK)
 
 
 @kernel("void(u4[::1], u8[::1], u1[::1], i8, i8, i8, i8)")

@@ -67,7 +67,8 @@ async def write(tunable: Tunable, data: bytes) -> None:
 
 def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
-    return {**_marks(vol), **_dirty(vol), **_periods(vol), **_caches(vol), **_rcu(vol)}
+    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu)
+    return {path: tunable for part in parts for path, tunable in part(vol).items()}
 
 
 def _marks(vol: Volume) -> dict[str, Tunable]:
@@ -195,6 +196,31 @@ def _rcu(vol: Volume) -> dict[str, Tunable]:
         "rcutree/qhimark": mark("qhimark"),
         "rcutree/qlowmark": mark("qlowmark"),
         "rcutree/qovld": mark("qovld"),
+    }
+
+
+def _compaction(vol: Volume) -> dict[str, Tunable]:
+    compaction, written = vol.arena.compaction, [0]
+
+    def set_threshold(thousandths: int) -> None:
+        compaction.extfrag_threshold = thousandths
+
+    def set_proactiveness(percent: int) -> None:
+        compaction.proactiveness = percent
+
+    async def compact(value: int) -> None:
+        written[0] = value
+        for _ in compaction.compact_memory():
+            await trio.lowlevel.checkpoint()
+
+    return {
+        "vm/compact_memory": Tunable(lambda: written[0], compact, 1, 1),
+        "vm/compaction_proactiveness": Tunable(
+            lambda: compaction.proactiveness, set_proactiveness, 0, 100
+        ),
+        "vm/extfrag_threshold": Tunable(
+            lambda: compaction.extfrag_threshold, set_threshold, 0, 1000
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""Threads without the GIL dirty folios while the trio thread flushes, settles, truncates, reclaims.
+"""Threads without the GIL dirty folios while trio flushes, settles, truncates, reclaims, compacts.
 
 The threads do what a lane's write does: IOLOCK word by try, copy kernel, size and stamps in one
 section of the mapping's lock, only in mappings that are LISTED. Under the IOLOCK each write also
@@ -183,7 +183,8 @@ class Stress:
         self.data = np.frombuffer(self.rng.randbytes(1 << 20), np.uint8)
         self.out = np.zeros(8, np.int64)
         self.flushes = 0
-        self.done = dict.fromkeys(("write", "truncate", "fsync", "sync", "reclaim", "check"), 0)
+        names = ("write", "truncate", "fsync", "sync", "reclaim", "compact", "check")
+        self.done = dict.fromkeys(names, 0)
         pages, p = vol.pages, vol.pages.pages
         handles = np.array([ip.handle for ip in ips], np.int64)
         args = (
@@ -235,6 +236,10 @@ class Stress:
     async def reclaim(self, f: int) -> None:
         self.vol.arena.reclaim.shrink_all(0, gfp.KERNEL, "direct", 1 << 20)
 
+    async def compact(self, f: int) -> None:
+        for _ in self.vol.arena.compaction.compact_memory():
+            await trio.lowlevel.checkpoint()
+
     async def check(self, f: int) -> None:
         ip = self.ips[f]
         async with self.vol.iolock(ip, shared=True):
@@ -264,7 +269,7 @@ class Stress:
             await trio.sleep(0)
 
     async def tasks(self) -> None:
-        names, weights = list(self.done), (30, 8, 15, 5, 8, 15)
+        names, weights = list(self.done), (30, 8, 15, 5, 8, 12, 15)
         for _ in range(STEPS):
             name = self.rng.choices(names, weights)[0]
             await getattr(self, name)(self.rng.randrange(FILES))
@@ -310,6 +315,7 @@ async def test_writers_without_the_gil(scratch: Path, args: tuple[str, ...]) -> 
         await stress.run()
         print(stress.done, stress.flushes, stress.out.tolist())
         assert min(stress.done.values()) > 5
+        assert vol.arena.vmstat["pgmigrate_success"] > 20
         assert stress.out[WROTE] > 1000
         assert min(stress.out[[EXTENDED, NOT_LISTED, NOT_READY]]) > 5
         for f in range(FILES):

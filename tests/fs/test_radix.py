@@ -124,6 +124,13 @@ class Tree:
         assert sorted([*self.nodes, *reached, *adrift]) == list(range(1, NODES))
         return pages
 
+    def replace(self, index: int, order: int) -> int:
+        pfn = self.pfns.pop()
+        self.orders[pfn] = order
+        self.indices[pfn] = index >> order << order
+        radix.replace(self.m4, self.orders, ROOT_WORD, index, pfn)
+        return pfn
+
     def gang(self, index: int, last: int, tag: int, limit: int = 4096) -> list[int]:
         out = np.zeros(limit, np.int64)
         args = (self.m4, self.m8, self.orders, self.indices, ROOT_WORD, index, last, tag, out)
@@ -233,7 +240,10 @@ index_at = st.one_of(
 steps = st.lists(
     st.tuples(
         st.sampled_from(
-            ["insert", "insert", "erase", "evict", "evict", "set", "set", "clear", "scan", "forget"]
+            [
+                *("insert", "insert", "erase", "evict", "evict", "replace"),
+                *("set", "set", "clear", "scan", "forget"),
+            ]
         ),
         index_at,
         st.integers(0, 9),
@@ -266,6 +276,9 @@ def apply_step(tree: Tree, model: Model, step: tuple[str, int, int, int]) -> Non
         index, last = index & ~63, (index & ~63) + 64 * order + 63
         tree.forget(index, last, room=12)
         model.shadows = {p: s for p, s in model.shadows.items() if not index <= p <= last}
+    elif start is not None and what == "replace":
+        order, _, tags = model.folios[start]
+        model.folios[start] = (order, tree.replace(index, order), tags)
     elif start is not None and what in ("set", "clear"):
         tree.mark(index, tag, int(what == "set"))
         tags = model.folios[start][2]

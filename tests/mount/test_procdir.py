@@ -125,6 +125,8 @@ def test_reads_by_offset_are_of_one_moment(root: Path, proc: Path) -> None:
         ("vm/min_free_kbytes", 1024),
         ("vm/watermark_scale_factor", 100),
         ("vm/vfs_cache_pressure", 200),
+        ("vm/compaction_proactiveness", 50),
+        ("vm/extfrag_threshold", 300),
         ("vm/dirty_ratio", 40),
         ("vm/dirty_background_ratio", 5),
         ("vm/dirty_bytes", 8 << 20),
