@@ -191,6 +191,40 @@ def test_a_refused_folio_leaves_everything_as_it_was(
     cache.drop()
 
 
+async def served_within_5_s(arena: Arena, order: int) -> bool:
+    with trio.move_on_after(5):
+        arena.put_folio(await arena.alloc_folio(order, gfp.MOVABLE))
+        return True
+    return False
+
+
+@pytest.mark.parametrize("order", [4, 6])
+@pytest.mark.parametrize("dirty", [0, 1])
+async def test_what_it_is_good_for(
+    autojump_clock: object, allow_logs, order: int, dirty: int
+) -> None:
+    """Dirty folios can not be evicted, clean ones had better not; a sixth of memory is objects."""
+    allow_logs("possible memory allocation deadlock")
+    outcomes = []
+    for moves in (False, True):
+        arena = Arena(16 << 20)
+        objects = [await arena.alloc_folio(0) for _ in range(arena.nr_pages // 6)]
+        cache = scatter(arena, random.Random(order), [0, 0, 2], 0.25, dirty)
+        while (pfn := arena.try_alloc_folio(order, gfp.NOWAIT | gfp.MOVABLE)) is not None:
+            cache.insert(pfn, dirty=bool(dirty))
+        if not moves:
+            arena.compaction.unregister_mover()
+        folios = len(cache.folios)
+        served = await served_within_5_s(arena, order)
+        outcomes.append((served, len(cache.folios) == folios))
+        cache.verify()
+        cache.drop()
+        for pfn in objects:
+            arena.put_folio(pfn)
+        arena.close()
+    assert outcomes == [(not dirty, bool(dirty)), (True, True)], "(served, nothing evicted)"
+
+
 # -- when it runs ------------------------------------------------------------------------------
 
 
