@@ -159,7 +159,8 @@ def lab(
     memory: Memory = "16M",
     files: Annotated[int, typer.Option(help="Files that the storm looks at.")] = 200_000,
     times_memory: Annotated[float, typer.Option(help="What the writers write, in memories.")] = 64,
-    mkfs: Annotated[str, typer.Option(help="Words for mkfs.xfs, as '-b size=64k'.")] = "",
+    mkfs: Annotated[str, typer.Option(help="Words for mkfs.xfs.")] = "-b size=64k",
+    dirty_ratio: Annotated[int, typer.Option(help="Percent that may be dirty.")] = 95,
     virtual: Annotated[float, typer.Option(help="Seconds on the virtual clock; 0: none.")] = 3600.0,
     virtual_minutes: Annotated[float, typer.Option(help="Real minutes for them at most.")] = 10.0,
     as_json: Json = False,
@@ -175,7 +176,7 @@ def lab(
     rules = policy or ["irix", "linux", "mayfail"]
     times = [minutes, *[control_minutes] * (len(rules) - 1)]
     plans = [
-        endurance.Plan(rule, 60 * time, memory, files, words, times_memory)
+        endurance.Plan(rule, 60 * time, memory, files, words, dirty_ratio, times_memory)
         for rule, time in zip(rules, times, strict=True)
     ]
     outcomes = [endurance.run(plan) for plan in plans if plan.seconds]

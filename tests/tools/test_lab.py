@@ -44,7 +44,10 @@ def test_patterns_tell_their_place() -> None:
 
 
 class InMemory:
-    """Files in a dictionary. `flip`: names in whose content, when it is read, one bit is wrong."""
+    """Files in a dictionary. `flip`: names in whose content, when it is read, one bit is wrong.
+
+    Calls named in `errors` fail every seventh time.
+    """
 
     def __init__(self, flip: str = "nothing") -> None:
         self.names: dict[str, bytearray] = {}
@@ -54,11 +57,12 @@ class InMemory:
 
     def _called(self, name: str) -> None:
         self.calls[name] += 1
-        if name in self.errors:
+        if name in self.errors and self.calls[name] % 7 == 0:
             raise OSError(self.errors[name], name)
 
-    async def mkdir(self, name: str) -> None:
+    async def mkdir(self, name: str) -> bool:
         self._called("mkdir")
+        return True
 
     async def create(self, name: str) -> tuple[str, bytearray]:
         self._called("create")
@@ -143,12 +147,14 @@ async def test_failures_are_counted_and_what_failed_is_not_compared(
     assert not any(tally.wrong for tally in found.values())
     writer = found["writer"]
     assert writer.failures["write ENOMEM"] > 0
-    assert writer.verified == 0
-    assert writer.unknown >= SMALL.writers * SMALL.writer_bytes
+    assert writer.verified > 0
+    assert writer.unknown > 0
+    assert found["large"].unknown > 0
     work = Counted(files, Tally("test"), lambda: False)
     files.errors["write"] = errno.EIO
     with pytest.raises(Ended):
-        await work.write(await files.open("writers/0"), 0, b"x")
+        for _ in range(7):
+            await work.write(await files.open("writers/0"), 0, b"x")
     assert work.tally.failures == {"write EIO": 1}
 
 
@@ -170,7 +176,7 @@ def test_a_control_group_holds_to_its_limit() -> None:
 
 # -- the runs ----------------------------------------------------------------------------------
 
-SHORT = endurance.Plan(seconds=2, files=400, times_memory=1.5, flood_files=50)
+SHORT = endurance.Plan(seconds=2, files=400, times_memory=1.5, writers=2, flood_files=50)
 
 
 def text_of(outcomes: list[endurance.Outcome], hour: virtual.Hour | None) -> str:
@@ -180,21 +186,22 @@ def text_of(outcomes: list[endurance.Outcome], hour: virtual.Hour | None) -> str
     return console.export_text()
 
 
+@pytest.mark.slow
 @pytest.mark.mount
 @support.needs_fuse
 @support.needs_root
 def test_a_short_run_under_irix_and_one_with_failures() -> None:
     irix = endurance.run(SHORT, quiet=True)
     assert irix.problems() == []
-    assert irix.tallies["writer"].verified >= 8 * SHORT.sizes.writer_bytes
+    assert irix.tallies["writer"].verified >= 2 * SHORT.sizes.writer_bytes
     assert irix.vmstat["pgalloc_normal"] > 4096, "memory was used more than once"
     rule = "inject:p=0.02,seed=3,site=_new_folio"
     failing = endurance.run(replace(SHORT, policy=rule), quiet=True)
     assert failing.problems() == []
     assert list(failing.failures) == ["reply"]
-    assert list(failing.failures["reply"]) == ["order:0 fs.cache.folio:PageCache._new_folio"]
-    assert failing.requests_failed.keys() <= {"write ENOMEM", "read ENOMEM"}
-    assert failing.requests_failed
+    assert list(failing.failures["reply"]) == ["order:4 fs.cache.folio:PageCache._new_folio"]
+    short = {"write short", "read short"}
+    assert failing.requests_failed.keys() <= {"write ENOMEM", "read ENOMEM"} | short
     assert failing.tallies["writer"].verified > 0
     assert failing.exit_status == 0
     shown = text_of([irix, failing], None)
@@ -205,6 +212,7 @@ def test_a_short_run_under_irix_and_one_with_failures() -> None:
     assert "PROBLEM xfs_repair" in text_of([irix], None)
 
 
+@pytest.mark.slow
 @pytest.mark.mount
 @support.needs_fuse
 @support.needs_root

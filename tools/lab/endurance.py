@@ -49,28 +49,40 @@ STALL = "possible memory allocation deadlock"  # somebody waits, as irix promise
 
 @dataclass(frozen=True)
 class Plan:
-    """One run; `mkfs` are words for mkfs.xfs."""
+    """One run; `mkfs` are words for mkfs.xfs, `dirty_ratio` is percent of memory.
+
+    Blocks of 64 KiB make every folio a request above order 3, which Linux may refuse. And by the
+    usual dirty_ratio writers wait for the flusher before memory is ever short of clean pages.
+    """
 
     policy: str = "irix"
     seconds: float = 600.0
     memory: str = "16M"
     files: int = 200_000
-    mkfs: tuple[str, ...] = ()
+    mkfs: tuple[str, ...] = ("-b", "size=64k")
+    dirty_ratio: int = 95
     times_memory: float = TIMES_MEMORY
-    flood_files: int = 2000
+    writers: int = Sizes.writers
+    flood_files: int = Sizes.flood_files
 
     @property
     def sizes(self) -> Sizes:
         """What the loads want of it."""
-        one = int(size_of(self.memory) * self.times_memory) // Sizes.writers
+        one = int(size_of(self.memory) * self.times_memory) // self.writers
         each = max(one // CELL * CELL, CELL)
-        return Sizes(writer_bytes=each, files=self.files, flood_files=self.flood_files)
+        return Sizes(self.writers, each, self.files, flood_files=self.flood_files)
 
     @property
     def image_size(self) -> int:
         """Bytes; room for everything twice."""
         sizes = self.sizes
         return MIN_IMAGE + 2 * sizes.writers * sizes.writer_bytes + 2048 * self.files
+
+    @property
+    def tunables(self) -> dict[str, int]:
+        """What is set before the run, by the path below sys/."""
+        ratio = self.dirty_ratio
+        return {"vm/dirty_ratio": ratio, "vm/dirty_background_ratio": ratio // 2}
 
     @property
     def limit(self) -> int:
@@ -181,6 +193,8 @@ def sample(mount: OurMount, outcome: Outcome) -> None:
 def work(mount: OurMount, outcome: Outcome, bar: Progress) -> None:
     """Set up, then all loads side by side."""
     plan = outcome.plan
+    for path, value in plan.tunables.items():
+        (mount.path / ".nofail/sys" / path).write_text(str(value))
     log = mount.log.with_suffix(".loads")
     for phase, loads in (("setup", [("plant", 0), ("plant", 1)]), ("loads", crew(plan.sizes))):
         began = time.monotonic()

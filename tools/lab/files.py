@@ -32,8 +32,8 @@ END_ERRNOS = frozenset((errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ESH
 class Files(Protocol):
     """A file system under load. Handles are opaque; all but `pause` may raise OSError."""
 
-    async def mkdir(self, name: str) -> None:
-        """A directory in the root; one that is there already is as good."""
+    async def mkdir(self, name: str) -> bool:
+        """A directory in the root; one that is there already is as good. True."""
 
     async def create(self, name: str) -> Any:
         """A new file, open."""
@@ -77,11 +77,12 @@ class Mounted:
         self._root = os.open(root, os.O_PATH | os.O_DIRECTORY)
         self._statx = ctypes.create_string_buffer(STATX_BYTES)
 
-    async def mkdir(self, name: str) -> None:
+    async def mkdir(self, name: str) -> bool:
         try:
             os.mkdir(name, dir_fd=self._root)
         except FileExistsError:
-            return
+            pass
+        return True
 
     async def create(self, name: str) -> int:
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=self._root)
@@ -205,6 +206,16 @@ class Counted:
         if done is not None and done < len(data):
             self.tally.failed("write short")
         return done == len(data)
+
+    async def read(self, file: Any, offset: int, length: int) -> bytes | bytearray | None:
+        """All of a range; None, and not to be compared, if less came."""
+        found = await self.do("read", self.files.read(file, offset, length))
+        if found is not None and len(found) < length:
+            self.tally.failed("read short")
+        if found is None or len(found) < length:
+            self.tally.unknown += length
+            return None
+        return found
 
     def note_wrong(self, what: str) -> None:
         """Something was read that was never written."""

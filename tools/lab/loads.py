@@ -51,12 +51,18 @@ def storm_name(number: int) -> str:
     return f"storm{number // DIRECTORY_FILES}/{number}"
 
 
+async def directory(work: Counted, name: str) -> None:
+    """A directory, tried until it is there: a load has nothing to do without."""
+    while await work.do("mkdir", work.files.mkdir(name)) is None and not work.over():
+        pass
+
+
 async def plant(work: Counted, number: int, sizes: Sizes) -> None:
     """The storm's files: every other one, by number."""
     files = work.files
     for each in range(number, sizes.files, 2):
         if each % DIRECTORY_FILES < 2:
-            await work.do("mkdir", files.mkdir(f"storm{each // DIRECTORY_FILES}"))
+            await directory(work, f"storm{each // DIRECTORY_FILES}")
         file = await work.do("create", files.create(storm_name(each)))
         if file is not None:
             await files.close(file)
@@ -78,8 +84,8 @@ class Writer:
     async def run(self) -> None:
         work, files = self.work, self.work.files
         name = f"writers/{self.number}"
+        await directory(work, "writers")
         while self.file is None and not work.over():
-            await work.do("mkdir", files.mkdir("writers"))
             self.file = await work.do("create", files.create(name))
         while self.file is not None and (not work.tally.rounds or not work.over()):
             work.tally.rounds += 1
@@ -126,9 +132,8 @@ class Writer:
         for first in range(0, len(self.rounds), RUN_CELLS):
             cells = range(first, min(first + RUN_CELLS, len(self.rounds)))
             start, length = first * CELL, len(cells) * CELL
-            data = await work.do("read", work.files.read(self.file, start, length))
+            data = await work.read(self.file, start, length)
             if data is None:
-                work.tally.unknown += length
                 continue
             for cell in cells:
                 at = cell * CELL - start
@@ -189,7 +194,7 @@ async def large(work: Counted, number: int, sizes: Sizes) -> None:
     """A large file in requests of 1 MiB, small files coming and going around each of them."""
     rng, files = random.Random(number), work.files
     small: list[str] = []
-    await work.do("mkdir", files.mkdir("large"))
+    await directory(work, "large")
     while not work.over():
         work.tally.rounds += 1
         seed, name = number << 32 | work.tally.rounds, f"large/{work.tally.rounds}"
@@ -203,8 +208,10 @@ async def large(work: Counted, number: int, sizes: Sizes) -> None:
             good.append(await work.write(file, at, data))
         for at, known in zip(range(0, sizes.large_bytes, MIB), good, strict=True):
             await fragment(work, rng, small)
-            found = await work.do("read", files.read(file, at, MIB))
-            if found is None or not known:
+            found = await work.read(file, at, MIB)
+            if found is None:
+                continue
+            if not known:
                 work.tally.unknown += MIB
             elif wrong := pattern.difference(found, seed, at, MIB):
                 work.note_wrong(f"{name}: {wrong}")
@@ -229,7 +236,7 @@ async def fragment(work: Counted, rng: random.Random, small: list[str]) -> None:
 async def flood(work: Counted, number: int, sizes: Sizes) -> None:
     """Make files, then unlink them all, every 16th while it is open and is read afterwards."""
     rng, files = random.Random(number), work.files
-    await work.do("mkdir", files.mkdir("flood"))
+    await directory(work, "flood")
     while not work.over():
         work.tally.rounds += 1
         names = [f"flood/{work.tally.rounds}-{each}" for each in range(sizes.flood_files)]
@@ -253,7 +260,7 @@ async def unlink_open(work: Counted, name: str, seed: int, length: int) -> None:
     await work.do("unlink", work.files.unlink(name))
     if file is None:
         return
-    found = await work.do("read", work.files.read(file, 0, length))
+    found = await work.read(file, 0, length)
     if found is not None:
         if wrong := pattern.difference(found, seed, 0, length):
             work.note_wrong(f"{name}, unlinked: {wrong}")

@@ -77,7 +77,7 @@ class InVolume:
         self._random = random.Random(0)
         self._directories: dict[str, Inode] = {}
         self._making = trio.Lock()
-        self._drop = sysctl.tunables(vol)["vm/drop_caches"]
+        self.tunables = sysctl.tunables(vol)
 
     async def close_all(self) -> None:
         """Directories are held until the end."""
@@ -88,17 +88,18 @@ class InVolume:
         directory, _, last = name.partition("/")
         return self._directories[directory], last.encode()
 
-    async def mkdir(self, name: str) -> None:
+    async def mkdir(self, name: str) -> bool:
         vol = self._vol
         async with self._making:
             if name in self._directories:
-                return
+                return True
             root = await vol.inodes.get(vol.geo.root_ino)
             try:
                 made = await namespace.mkdir(vol, root, name.encode(), 0o755, 0, 0)
             finally:
                 vol.inodes.put(root)
             self._directories[name] = made
+        return True
 
     async def create(self, name: str) -> Inode:
         return await namespace.create(self._vol, *self._split(name), 0o644, 0, 0)
@@ -137,7 +138,7 @@ class InVolume:
         return False
 
     async def drop_caches(self) -> None:
-        await sysctl.write(self._drop, b"5")
+        await sysctl.write(self.tunables["vm/drop_caches"], b"5")
 
     async def pause(self) -> None:
         await trio.sleep(self._random.expovariate(1 / PAUSE_S))
@@ -207,6 +208,8 @@ class _Run:
         log = logging.getLogger("nofailfs.lab")
         async with Volume.open(disk, memory, log=log) as vol:
             files = InVolume(vol)
+            for path, value in self.plan.tunables.items():
+                await sysctl.write(files.tunables[path], b"%d" % value)
             try:
                 await self._loads(files, [("plant", 0), ("plant", 1)], vol)
                 self._began = trio.current_time()
