@@ -74,7 +74,7 @@ from alloc.stall import STALL_S, Stalls, no_locks
 from alloc.victim import Victims
 from alloc.vmstat import VmStat, meminfo
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
-from alloc.zoneinfo import buddyinfo, extfrag, pagetypeinfo, zoneinfo
+from alloc.zoneinfo import all_free_blocks, buddyinfo, extfrag, pagetypeinfo, zoneinfo
 
 MEMORY_MIN = 8 << 20
 REFRESH_S = 1.0
@@ -191,6 +191,15 @@ class Arena:
         if pfn and gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn or None
+
+    def has_block(self, order: int) -> bool:
+        """Whether an ordinary request of this order would find a block, and free memory above min.
+
+        Of the buddy's memory; what rows keep are small blocks.
+        """
+        if self.words[W_FREE] - (1 << order) <= self.marks.min:
+            return False
+        return any(all_free_blocks(self.words)[order:])
 
     def get_folio(self, pfn: int) -> None:
         """One more reference to the folio with head page `pfn`."""

@@ -155,7 +155,7 @@ class Volume:
         self.inodes.read_image = self._read_inode
         self.inodes.evict = self.pages.evict
         self.inodes.start_inactivation = self.inodegc.add
-        await self.bufs.start()
+        await self.bufs.start(max(self.geo.block_size, self.geo.cluster_bytes))
         await self.inodes.start()
         await self.dentries.start()
         await self.pages.start()

@@ -232,6 +232,7 @@ Runs = tuple[tuple[int, int], ...]
 
 RECLAIM_BATCH = 128
 READING = "buf"  # to the lock-order validator: others wait for whoever brings a block in core
+ASIDE_MOST, ASIDE_SHARE = 32, 8  # blocks set aside; and no more than 1/8 of memory
 WRITE_BATCH = 4096  # buffers looked at in one pass of the writer
 
 
@@ -261,11 +262,18 @@ class BufCache:
         self._runs: dict[int, Runs] = {}  # of the few buffers that are not in one piece
         self._writing = trio.Event()
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
+        self._aside: list[int] = []  # folios of _aside_order
+        self._nr_aside = 0
+        self._waiting = 0  # in the arena's line, because none was left
         self._writer = Mutex("buf writer")
         self.counts = {"reads": 0, "writes": 0, "merged_writes": 0, "corrupt": 0}
 
-    async def start(self) -> None:
-        """Take the memory that the cache itself needs: hash buckets and the writer's bounce."""
+    async def start(self, cleaning: int = PAGE_SIZE) -> None:
+        """Take the memory that the cache itself needs: hash buckets and the writer's bounce.
+
+        And, if `cleaning` is more than a page, some blocks: buffers that are needed to clean
+        memory have up to so many bytes.
+        """
         pages = max(1, self._arena.mem.size // PAGE_SIZE // 2048)
         order = min(6, (pages - 1).bit_length())
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
@@ -274,6 +282,12 @@ class BufCache:
         order = 4 if self._arena.mem.size < 64 << 20 else 6
         self._bounce_pfn = await self._arena.alloc_folio(order, gfp.KERNEL)
         self._bounce_bytes = PAGE_SIZE << order
+        self._aside_order = (cleaning // PAGE_SIZE - 1).bit_length() if cleaning > PAGE_SIZE else 0
+        if self._aside_order:
+            share = self._arena.nr_pages // ASIDE_SHARE >> self._aside_order
+            self._nr_aside = min(ASIDE_MOST, share)
+        while len(self._aside) < self._nr_aside:
+            self._aside.append(await self._arena.alloc_folio(self._aside_order))
         self._arena.register_shrinker(self)
 
     # -- lookup ---------------------------------------------------------------------------------
@@ -434,7 +448,7 @@ class BufCache:
         try:
             if size >= PAGE_SIZE:
                 order = (size // PAGE_SIZE - 1).bit_length()
-                data = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)
+                data = await self._new_folio(order)
             else:
                 data = await self._small[size].alloc(gfp.KERNEL | gfp.NOFAIL)
         except BaseException:
@@ -447,6 +461,39 @@ class BufCache:
         self.set_ops(handle, ops)
         self._set_runs(handle, runs)
         return handle
+
+    async def _new_folio(self, order: int) -> int:
+        """Memory of a buffer.
+
+        Who cleans may have the last page. But when memory is in pieces no larger block may be left,
+        and none will be before something is clean; so some are set aside. Each comes back when
+        its buffer is idle: after the metadata writer, which needs none, has taken it home. Half
+        of them are for anybody, because cleaning waits for the locks of transactions.
+        """
+        if not 0 < order <= self._aside_order or self._arena.has_block(order):
+            return await self._arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)
+        cleans = gfp.current_scope() & gfp.MEMALLOC
+        # what is set aside does as well, but is for those for whom reclaim finds nothing
+        pfn = self._arena.try_alloc_folio(order, gfp.NOWAIT if cleans else gfp.RETRY_MAYFAIL)
+        if pfn is not None:
+            return pfn
+        least = 0 if cleans else self._nr_aside // 2
+        if len(self._aside) <= least:
+            self.scan_objects(2 * self.count_objects(), gfp.NOFS)
+        if len(self._aside) > least:
+            return self._aside.pop()
+        self._waiting += 1
+        try:
+            return await self._arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)
+        finally:
+            self._waiting -= 1
+
+    def _free_folio(self, pfn: int) -> None:
+        wanted = len(self._aside) < self._nr_aside and not self._waiting
+        if wanted and self._arena.pages.order[pfn] == self._aside_order:
+            self._aside.append(pfn)
+        else:
+            self._arena.put_folio(pfn)
 
     def _corrupt(self, ops: BufOps, daddr: int, fault: str) -> Corrupt:
         self.counts["corrupt"] += 1
@@ -486,7 +533,7 @@ class BufCache:
         record["daddr"] = -1
         self._runs.pop(handle, None)
         if size >= PAGE_SIZE:
-            self._arena.put_folio(data)
+            self._free_folio(data)
         else:
             self._small[size].free(data)
         self._slab.free(handle)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import random
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
+from alloc import gfp
 from alloc.arena import Arena
 from fs.cache.buf import Buf, BufCache, BufOps
 from fs.device.base import Views
 from fs.errors import Corrupt
 from fs.xfs.crc import crc_stamp
+from tests.conftest import AllowLogs
 
 CRC = 4
 BBS = 8
@@ -251,4 +255,52 @@ async def test_random_traffic_against_a_model_in_little_memory() -> None:
     await bufs.write_dirty()
     for block, value in model.items():
         assert disk.bytes[block * 4096 + 60] == value
+    arena.check()
+
+
+async def in_pieces(arena: Arena) -> list[int]:
+    """Use memory up, then give back pages that have no neighbours; those that are kept."""
+    taken = []
+    with gfp.memalloc():
+        while (pfn := arena.try_alloc_folio(0, gfp.NOWAIT)) is not None:
+            taken.append(pfn)
+    for pfn in taken:
+        if pfn % 2:
+            arena.put_folio(pfn)
+    return [pfn for pfn in taken if pfn % 2 == 0]
+
+
+@pytest.mark.parametrize("aside", [True, False])
+async def test_a_cleaner_gets_large_buffers_when_memory_is_in_pieces(
+    aside: bool, autojump_clock: trio.testing.MockClock, allow_logs: AllowLogs
+) -> None:
+    """As many as are set aside, and again when they are idle; without them it would wait.
+
+    Others, whose locks a cleaner may wait for, get half of them.
+    """
+    allow_logs("possible memory allocation deadlock")
+    disk, arena = Disk(1024), Arena(8 << 20)
+    bufs = BufCache(arena, disk, SimpleNamespace(), logging.getLogger("nofailfs"), paranoid=False)
+    await bufs.start(65536 if aside else 4096)
+    kept = await in_pieces(arena)
+    assert arena.free_pages > arena.marks.high, "small requests have plenty"
+    bbs = 65536 // 512
+    got: list[int] = []
+
+    async def get_all(first: int, scope: AbstractContextManager[None]) -> None:
+        with trio.move_on_after(60), scope:
+            for turn in range(first, first + 20):
+                got.append((await bufs.get(bbs * turn, bbs, OPS)).handle)
+
+    for first, scope, most in (0, gfp.memalloc, 16), (20, nullcontext, 8):
+        for again in range(2):
+            await get_all(first + 40 * again, scope())
+            assert len(got) == (most if aside else 0)
+            while got:
+                bufs.release(got.pop())
+    while bufs.count_objects():
+        bufs.scan_objects(64, 0)
+    assert len(bufs._aside) == (16 if aside else 0)
+    for pfn in kept:
+        arena.put_folio(pfn)
     arena.check()

@@ -430,8 +430,15 @@ async def test_an_unmount_insists(scratch: Path, autojump_clock: trio.testing.Mo
 # -- blocks larger than pages ------------------------------------------------------------------
 
 
-def checkerboard(vol: Volume) -> list[int]:
-    """Have no sixteen free pages side by side, though most are free; the pages that are held."""
+def checkerboard(vol: Volume, aside: bool = False) -> list[int]:
+    """Have no sixteen free pages side by side, though most are free; the pages that are held.
+
+    Nor are any blocks set aside for metadata, if not `aside`.
+    """
+    if not aside:
+        vol.bufs._nr_aside = 0
+        while vol.bufs._aside:
+            vol.arena.put_folio(vol.bufs._aside.pop())
     taken = take_all(vol, 0)
     for pfn in taken:
         if pfn % 16:
@@ -464,6 +471,23 @@ async def test_a_large_block_in_fragmented_memory(
             assert not wrote.is_set()
             for pfn in held:
                 vol.arena.put_folio(pfn)
+    support.assert_clean(image)
+
+
+async def test_cleaning_goes_on_in_fragmented_memory(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Blocks for metadata are set aside; without them write-back waits for itself, for ever."""
+    image = support.mkfs(scratch, *IMAGES["64k"])
+    async with opened(image) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, b"x" * (1 << 20))
+        held = checkerboard(vol, aside=True)
+        assert vol.pages.dirty.nr_dirty
+        with trio.fail_after(30):
+            await vol.flusher.sync()
+        assert vol.pages.dirty.nr_dirty + vol.pages.dirty.nr_writeback == 0
+        for pfn in held:
+            vol.arena.put_folio(pfn)
     support.assert_clean(image)
 
 
