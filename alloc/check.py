@@ -75,25 +75,31 @@ def check(arena: Arena) -> None:
     """Everything. See `Arena.check`."""
     assert int(arena.words[W_BUDDY_LOCK]) == 0, "the buddy lock is held"
     assert int(arena.words[W_LRU_LOCK]) == 0, "the LRU lock is held"
-    _check_sum(arena)
+    allocated = _check_sum(arena)
     _check_zone(arena)
     _check_pages(arena, _check_free_lists(arena), _check_rows(arena))
     _check_lru(arena)
+    _check_deferred(arena, allocated)
     for slab in arena.slab_caches:
         _check_slab(arena, slab)
         _check_magazines(arena, slab)
 
 
-def _check_sum(arena: Arena) -> None:
-    """free + on rows' lists + allocated = arena, by the counters; what is deferred is allocated."""
+def _check_sum(arena: Arena) -> int:
+    """free + on rows' lists + allocated = arena, by the counters; pages allocated."""
     words = arena.words
     taken = int(words[W_PGALLOC]) + pages_handed_out(words)
     given = int(words[W_PGFREE]) + pages_given_back(words)
     parts = int(words[W_FREE]), nr_pages_listed(words), taken - given
     assert sum(parts) == arena.nr_pages - 1, "{} free, {} in rows, {} allocated".format(*parts)
+    return taken - given
+
+
+def _check_deferred(arena: Arena, allocated: int) -> None:
+    """What waits for a grace period is counted, and allocated still."""
     deferred = arena.rcu.deferred_bytes
     assert deferred == arena.rcu.pending_bytes(), "bytes that wait for a grace period"
-    assert deferred <= (taken - given) * PAGE_SIZE, f"{deferred} bytes deferred were freed already"
+    assert deferred <= allocated * PAGE_SIZE, f"{deferred} bytes deferred were freed already"
 
 
 def _walk(arena: Arena, head: int, what: str) -> list[int]:
