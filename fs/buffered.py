@@ -12,6 +12,7 @@ dirty memory before it takes a folio, and never writes itself.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from alloc.page import LOCKED
@@ -43,23 +44,28 @@ async def write_step(
     if copied:
         return copied
     end = min(pos + length, ((pos >> 12) + (1 << vol.pages.order_max)) << 12)
+    end = await _make_ready(vol, ip, pos, end)
+    return _copy_in(vol, ip, pos, source, start, end - pos)
+
+
+async def _make_ready(vol: Volume, ip: Inode, pos: int, end: int) -> int:
+    """Prepare the folio at `pos`, for less than up to `end` if space is short; how far."""
     flushed = False
-    while True:
-        try:
-            ready = await _prepare(vol, ip, pos, end)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            if not flushed:  # writing out gives back what the worst case did not need
-                flushed = True
-                await vol.flusher.sync()
-            elif end - pos > vol.geo.block_size:
-                end = pos + (end - pos) // 2
-            else:
-                raise
-            continue
-        if ready:
-            return _copy_in(vol, ip, pos, source, start, end - pos)
+    with vol.pages.pinning() as pin:
+        while True:
+            try:
+                if await _prepare(vol, ip, pos, end, pin):
+                    return end
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                if not flushed:  # writing out gives back what the worst case did not need
+                    flushed = True
+                    await vol.flusher.sync()
+                elif end - pos > vol.geo.block_size:
+                    end = pos + (end - pos) // 2
+                else:
+                    raise
 
 
 def _copy_in(vol: Volume, ip: Inode, pos: int, source: Any, start: int, length: int) -> int:
@@ -80,7 +86,9 @@ def _copy_in(vol: Volume, ip: Inode, pos: int, source: Any, start: int, length: 
     return copied
 
 
-async def _prepare(vol: Volume, ip: Inode, pos: int, end: int) -> bool:
+async def _prepare(
+    vol: Volume, ip: Inode, pos: int, end: int, pin: Callable[[int], None]
+) -> bool:
     """A step towards a folio at `pos` that a copy of up to [pos, end) may go into.
 
     True when the copy may follow at once, without an await. Each step that awaits something
@@ -95,6 +103,7 @@ async def _prepare(vol: Volume, ip: Inode, pos: int, end: int) -> bool:
     if not pfn:
         order = write_order(pos, end - pos, pages.order_min, pages.order_max)
         pfn, _ = await pages.add(ip.handle, pos >> 12, order)
+    pin(pfn)  # or what the next step reads evicts what this one has read, for ever
     if pages.is_locked(pfn):
         await pages.wait(pfn, LOCKED)
         return False

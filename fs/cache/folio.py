@@ -16,6 +16,8 @@ also what the flusher sees of the filesystem (`writeback.mapping.Mappings`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -305,6 +307,25 @@ class PageCache:
                 await self._waits.setdefault(pfn, trio.Event()).wait()
         finally:
             self.arena.put_folio(pfn)
+
+    @contextmanager
+    def pinning(self) -> Iterator[Callable[[int], None]]:
+        """For who prepares a folio in several steps: the last one named to it is not evicted."""
+        pinned = 0
+
+        def pin(pfn: int) -> None:
+            nonlocal pinned
+            if pfn != pinned:
+                self.arena.get_folio(pfn)
+                before, pinned = pinned, pfn
+                if before:
+                    self.arena.put_folio(before)
+
+        try:
+            yield pin
+        finally:
+            if pinned:
+                self.arena.put_folio(pinned)
 
     def change(self, pfn: int, first: int, last: int, add: int, remove: int = 0) -> None:
         """Change the bits of file blocks [first, last), which lie in the folio."""

@@ -8,13 +8,14 @@ import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from alloc import gfp
-from fs import file
+from fs import buffered, file
 from fs.cache.inode import Inode
 from fs.truncate import SIZE_MAX
 from fs.volume import Volume
@@ -612,3 +613,32 @@ async def test_a_size_is_not_logged_before_its_data(
         await file.fsync(vol, ip)
         assert (ip.size, ip.disk_size) == (300, 300)
         assert not vol.pages.busy(ip.handle)
+
+
+async def test_a_part_of_a_block_is_written_however_fast_folios_are_evicted(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the map takes memory, and evicts all that nobody holds."""
+    classify = buffered.classify
+
+    def evict(vol: Volume) -> None:
+        for _ in range(3):  # second chances, too
+            vol.arena.reclaim.shrink_all(0, gfp.KERNEL, "direct", 1 << 20)
+
+    async def greedy(vol: Volume, *args: Any) -> list[buffered.Part]:
+        parts = await classify(vol, *args)
+        evict(vol)
+        await trio.lowlevel.checkpoint()
+        return parts
+
+    monkeypatch.setattr(buffered, "classify", greedy)
+    async with opened(support.mkfs(scratch)) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, b"x" * 300_000)
+        await file.fsync(vol, ip)
+        evict(vol)
+        with trio.fail_after(10):
+            for at in (100, 5000, 299_000):
+                await file.write(vol, ip, at, b"y" * 50)
+        read = bytes(await file.read(vol, ip, 0, 300_000))
+        assert read.count(b"y") == 150
+        assert read[4990:5060] == b"x" * 10 + b"y" * 50 + b"x" * 10
