@@ -50,11 +50,11 @@ def test_what_was_dirtied_again_does_not_go_to_the_tail(again: bool) -> None:
     for block in range(2):
         cache.change(block, block + 1, blocks.RESERVED, 0, 0)
         cache.copy_in(block << 12, bytes(4096))
-    folios, runs = np.zeros(64, np.int64), np.zeros((4096, 2), np.int64)
-    meta, rotate = np.zeros(5, np.int64), np.zeros(64, np.int64)
+    folios, runs = np.zeros(16, np.int64), np.zeros((4096, 2), np.int64)
+    meta, rotate = np.zeros(8, np.int64), np.zeros(64, np.int64)
     gather.gather(
         *tagged, cache.blocks, cache.refs, cache.counts, cache.root, 12, 0, 1 << 40, radix.DIRTY,
-        0, 16, folios, runs, meta,
+        0, folios, runs, meta,
     )  # fmt: skip
     first, second = cache.pfns
     cache.flags[[first, second]] |= RECLAIM
