@@ -16,14 +16,14 @@ thread serve at once, frees on other threads post to the loop.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import trio
 from numpy.typing import DTypeLike, NDArray
 
-from alloc import buddy, check, lockdep, magazine, pcp, rows, slab, zone
+from alloc import buddy, check, lockdep, magazine, mempolicy, pcp, rows, slab, zone
 from alloc.compaction import Compaction
 from alloc.gfp import (
     COSTLY_ORDER,
@@ -39,6 +39,7 @@ from alloc.gfp import (
 from alloc.libc import zero
 from alloc.lru import Lru
 from alloc.mempool import Mempool
+from alloc.node import divide, spanned
 from alloc.page import (
     ORDER_MAX,
     PAGE_SHIFT,
@@ -54,15 +55,17 @@ from alloc.page import (
     W_FREE_HIGHATOMIC,
     W_HIGH,
     W_LOW,
+    W_MEMPOLICY,
     W_MIN,
-    W_PAGES,
     W_PROMO,
     W_SLAB,
+    W_SPAN,
     Buddy,
     Slabs,
     make_pages,
     make_words,
 )
+from alloc.placement import placement
 from alloc.policy import IRIX, Injector, Policy
 from alloc.pressure import Pressure
 from alloc.rcu import Rcu
@@ -71,9 +74,10 @@ from alloc.shrinker import DEFAULT_SEEKS, NO_NODE, SHRINK_BATCH, Shrinker
 from alloc.slabinfo import slabinfo
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
+from alloc.topology import ONE, Topology, span_pages
 from alloc.victim import Victims
 from alloc.vmstat import VmStat, meminfo
-from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, watermarks
+from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, share, watermarks
 from alloc.zoneinfo import all_free_blocks, buddyinfo, extfrag, pagetypeinfo, zoneinfo
 
 MEMORY_MIN = 8 << 20
@@ -87,25 +91,34 @@ def _type(gfp: int) -> int:
     return gfp >> MT_DOWN & buddy.MT_MASK << buddy.MT_SHIFT
 
 
+def _nr_pages(memory_bytes: int) -> int:
+    if memory_bytes < MEMORY_MIN:
+        raise ValueError(f"memory of {memory_bytes} bytes: at least 8 MiB are needed")
+    if memory_bytes % PAGE_SIZE:
+        raise ValueError(f"memory of {memory_bytes} bytes: not a multiple of {PAGE_SIZE}")
+    return memory_bytes >> PAGE_SHIFT
+
+
 class Arena:
     """`memory_bytes` of memory (a multiple of 4096, from 8 MiB) and everything that manages it."""
 
-    def __init__(self, memory_bytes: int, policy: Policy = IRIX) -> None:
-        if memory_bytes < MEMORY_MIN:
-            raise ValueError(f"memory of {memory_bytes} bytes: at least 8 MiB are needed")
-        if memory_bytes % PAGE_SIZE:
-            raise ValueError(f"memory of {memory_bytes} bytes: not a multiple of {PAGE_SIZE}")
+    def __init__(self, memory_bytes: int, policy: Policy = IRIX, nodes: Topology = ONE) -> None:
         self.memory_bytes = memory_bytes
-        self.nr_pages = memory_bytes >> PAGE_SHIFT
+        self.nr_pages = _nr_pages(memory_bytes)
+        span = span_pages(self.nr_pages, nodes.nr_nodes)
         # page 0 is reserved, so the first block of the largest order is not whole
-        self.order_max = min(ORDER_MAX, self.nr_pages.bit_length() - 2)
+        self.order_max = min(ORDER_MAX, span.bit_length() - 2)
         self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.mem: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = pages = make_pages(self.nr_pages)
-        self.words = make_words(zone.nr_blocks(self.nr_pages))
-        self.words[W_PAGES] = self.nr_pages
+        self.words = make_words(nodes.nr_nodes, zone.room_for_blocks(span))
+        self.topology = nodes
+        self.nodes = divide(self.words, self.nr_pages, nodes)
+        self._several = nodes.nr_nodes > 1
+        self._turn = 0  # requests that the mount's policy has placed without an offset
         self._rows = 1  # the trio thread's, and one for each lane
-        zone.configure(self.words, self.nr_pages)
+        for words in self.nodes:
+            zone.configure(words)
         self._set_marks(watermarks(self.nr_pages))
         self.watermark_scale_factor = SCALE_FACTOR
         self.vfs_cache_pressure = 100  # percent of names and inodes that reclaim is told of
@@ -114,9 +127,10 @@ class Arena:
         )
         bitmaps = (pages.private, pages.index.view(np.uint64))
         self.slabs = Slabs(*self.buddy, pages.mapping, *bitmaps)
-        buddy.build_free_lists(*self.buddy)
+        for words in self.nodes:
+            buddy.build_free_lists(*self.buddy._replace(words=words))
         assert self.free_pages == self.nr_pages - 1
-        self.vmstat = VmStat(self.words)
+        self.vmstat = VmStat(self.nodes)
         self.rcu = Rcu(memory_bytes)
         self.pressure = Pressure()
         self.victims = Victims(self.vmstat)
@@ -125,7 +139,7 @@ class Arena:
         self.stalls = Stalls(self)
         self.stall_seconds = STALL_S  # a wait that lasts as long is reported
         self.holders: Callable[[trio.lowlevel.Task], list[str]] = no_locks  # by stall reports
-        self.reclaim = Reclaim(self.words, self.vmstat, lambda: len(self.queue))
+        self.reclaim = Reclaim(self.nodes, self.vmstat, lambda: len(self.queue))
         self.lru = Lru(
             self.buddy,
             self.vmstat,
@@ -155,8 +169,13 @@ class Arena:
 
     # ---------------------------------------------------------------- folios
 
-    async def alloc_folio(self, order: int, gfp: int = KERNEL) -> int:
-        """A folio of 2^order pages with one reference; its pfn. Contents undefined without ZERO."""
+    async def alloc_folio(
+        self, order: int, gfp: int = KERNEL, policy: int = mempolicy.NONE, offset: int = -1
+    ) -> int:
+        """A folio of 2^order pages with one reference; its pfn. Contents undefined without ZERO.
+
+        policy: the memory policy of what it is for; offset: which folio of that it is.
+        """
         gfp |= current_scope()
         if not 0 <= order <= COSTLY_ORDER:
             self.slow.admit_large(order, gfp)
@@ -166,18 +185,22 @@ class Arena:
         if lockdep.current is not None:
             lockdep.current.allocates(gfp)
         rights = _type(gfp) | (buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN)
+        placed = self._place(policy, offset) if self._several else 0
+        rights |= placed
         pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, order, rights)
         if pfn <= 0:
             if pfn:
                 self.reclaim.wake_kswapd()
                 pfn = -pfn
             else:
-                pfn = await self.slow.wait(self._folio_request(order, gfp))
+                pfn = await self.slow.wait(self._folio_request(order, gfp, placed))
         if gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn
 
-    def try_alloc_folio(self, order: int, gfp: int) -> int | None:
+    def try_alloc_folio(
+        self, order: int, gfp: int, policy: int = mempolicy.NONE, offset: int = -1
+    ) -> int | None:
         """A folio if it can be had without waiting, as far as its flags let it try."""
         if not 0 <= order <= self.order_max:
             raise ValueError(f"a folio of order {order}: orders are 0 to {self.order_max}")
@@ -185,9 +208,10 @@ class Arena:
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        pfn = self._take_folio(order, rights | _type(gfp))
+        placed = self._place(policy, offset) if self._several else 0
+        pfn = self._take_folio(order, rights | _type(gfp) | placed)
         if not pfn:
-            pfn = self.slow.try_now(self._folio_request(order, gfp))
+            pfn = self.slow.try_now(self._folio_request(order, gfp, placed))
         if pfn and gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn or None
@@ -197,9 +221,10 @@ class Arena:
 
         Of the buddy's memory; what rows keep are small blocks.
         """
-        if self.words[W_FREE] - (1 << order) <= self.marks.min:
-            return False
-        return any(all_free_blocks(self.words)[order:])
+        return any(
+            words[W_FREE] - (1 << order) > words[W_MIN] and any(all_free_blocks(words)[order:])
+            for words in self.nodes
+        )
 
     def get_folio(self, pfn: int) -> None:
         """One more reference to the folio with head page `pfn`."""
@@ -237,7 +262,7 @@ class Arena:
             self.reclaim.wake_kswapd()
         return abs(pfn)
 
-    def _folio_request(self, order: int, gfp: int) -> Request:
+    def _folio_request(self, order: int, gfp: int, placed: int) -> Request:
         mt = _type(gfp)
         return Request(
             f"order:{order}",
@@ -247,6 +272,7 @@ class Arena:
             gfp,
             lambda rights: self._take_folio(order, rights | mt),
             self.put_folio,
+            placed,
         )
 
     # ---------------------------------------------------------------- slabs
@@ -266,12 +292,39 @@ class Arena:
         number = len(self._slab_caches)
         assert number < SLAB_CACHES, "out of slab caches: raise SLAB_CACHES"
         cache = self._slab_caches[name] = Slab(self, name, number, kind)
-        self.words[W_SLAB + number * SLAB_WORDS + S_RECLAIMABLE] = reclaimable
+        for words in self.nodes:
+            words[W_SLAB + number * SLAB_WORDS + S_RECLAIMABLE] = reclaimable
         return cache
 
     @property
     def slab_caches(self) -> tuple[Slab, ...]:
         return tuple(self._slab_caches.values())
+
+    # ---------------------------------------------------------------- nodes
+
+    def set_mempolicy(self, policy: int) -> None:
+        """The memory policy of all requests for which neither inode nor task have one."""
+        self.words[W_MEMPOLICY] = policy
+
+    def set_weights(self, weights: Sequence[int]) -> None:
+        """How many pages in a row each node gets by the policy `weighted`; 1 to 255."""
+        mempolicy.set_weights(self.nodes, weights)
+
+    def node_of(self, pfn: int) -> int:
+        """The node that a page lies in."""
+        return pfn // int(self.words[W_SPAN])
+
+    def _place(self, policy: int = mempolicy.NONE, offset: int = -1) -> int:
+        """Where a request should be served, as rights have it."""
+        task = mempolicy.current_task()
+        if not policy and task is not None:
+            policy, offset = task.number, task.turn
+            task.turn += 1
+        elif offset < 0:
+            offset = self._turn
+            self._turn += 1
+        policy = policy or int(self.words[W_MEMPOLICY])
+        return placement(self.words, policy, offset, mempolicy.current_home())
 
     # ---------------------------------------------------------------- rows
 
@@ -279,29 +332,32 @@ class Arena:
         """How many lanes will use rows 1 and up; what is in rows goes back first."""
         self.drain_all()
         self._rows = 1 + lanes
-        rows.configure(self.words, self.nr_pages, self.marks.low, self._rows)
+        self._size_rows()
 
     def drain_all(self) -> None:
         """Every row's free blocks and objects go back to where all can have them."""
-        self._note_double_free(magazine.drain_rows(*self.slabs, True))
+        self._drain_rows(wholesale=True)
         self.vmstat.add("drain_all_pages")
 
     def refresh_rows(self) -> None:
         """Once a second: rows give back what they have not used lately."""
-        self._note_double_free(magazine.drain_rows(*self.slabs, False))
+        self._drain_rows(wholesale=False)
 
-    @staticmethod
-    def _note_double_free(code: int) -> None:
-        assert code == buddy.FREED, "an object that came home from a magazine was free already"
+    def _drain_rows(self, wholesale: bool) -> None:
+        for words in self.nodes:
+            code = magazine.drain_rows(*self.slabs._replace(words=words), wholesale)
+            assert code == buddy.FREED, "an object that came home from a magazine was free already"
 
     # ---------------------------------------------------------------- pageblocks
 
     def release_reserve(self, gfp: int) -> bool:
         """Reclaim has failed: the high-atomic reserve is for everybody. Whether it had memory."""
-        if not self.words[W_FREE_HIGHATOMIC]:
-            return False
         mt = gfp >> MT_SHIFT & buddy.MT_MASK
-        return bool(zone.release_reserve(*self.buddy, mt))
+        released = 0
+        for words in self.nodes:
+            if words[W_FREE_HIGHATOMIC]:
+                released += zone.release_reserve(*self.buddy._replace(words=words), mt)
+        return released > 0
 
     # ---------------------------------------------------------------- reclaim
 
@@ -343,7 +399,7 @@ class Arena:
 
         Call it on the trio thread. Costs nothing when nobody waits.
         """
-        if self.queue or self.words[W_FREE] < self.marks.low:
+        if self.queue or any(words[W_FREE] < words[W_LOW] for words in self.nodes):
             self.queue.serve()
             self.reclaim.kick()
             self.queue.nudge(everyone=not self.reclaim.background.running)
@@ -365,16 +421,23 @@ class Arena:
         self.kick()
 
     def _set_marks(self, marks: Watermarks) -> None:
-        """The marks, and the sizes that follow from them."""
+        """The marks, each node's part of them, and the sizes that follow."""
         self.marks = marks
-        self.words[[W_MIN, W_LOW, W_HIGH, W_PROMO]] = marks
-        zone.limit_boost(self.words, marks.high)
-        rows.configure(self.words, self.nr_pages, marks.low, self._rows)
+        for words in self.nodes:
+            words[[W_MIN, W_LOW, W_HIGH, W_PROMO]] = share(
+                marks, spanned(words), self.nr_pages
+            )
+            zone.limit_boost(words, int(words[W_HIGH]))
+        self._size_rows()
+
+    def _size_rows(self) -> None:
+        for words in self.nodes:
+            rows.configure(words, spanned(words), int(words[W_LOW]), self._rows)
 
     @property
     def below_min(self) -> bool:
         """Whether only the reserve is left."""
-        return int(self.words[W_FREE]) < self.marks.min
+        return self.vmstat["nr_free_pages"] < self.marks.min
 
     @property
     def min_free_kbytes(self) -> int:
@@ -389,15 +452,15 @@ class Arena:
     @property
     def free_pages(self) -> int:
         """Pages in nobody's hands: the buddy's and those on rows' lists."""
-        return int(self.words[W_FREE]) + rows.nr_pages_listed(self.words)
+        return sum(int(words[W_FREE]) + rows.nr_pages_listed(words) for words in self.nodes)
 
     def meminfo(self) -> dict[str, int]:
         """Sizes in KiB under the names of /proc/meminfo."""
-        return meminfo(self.words, self.vmstat)
+        return meminfo(self.nodes, self.vmstat)
 
     def buddyinfo(self) -> str:
         """Free blocks per order, as /proc/buddyinfo prints them."""
-        return buddyinfo(self.words)
+        return buddyinfo(self.nodes)
 
     def waiters(self) -> list[str]:
         """Who waits for memory: a line for each, oldest first. Call it on the trio thread."""
@@ -405,19 +468,19 @@ class Arena:
 
     def extfrag(self) -> str:
         """Fragmentation by order: extfrag_index and unusable_index, as debugfs prints them."""
-        return extfrag(self.words)
+        return extfrag(self.nodes)
 
     def slabinfo(self) -> str:
         """Every slab cache, as /proc/slabinfo prints them."""
         return slabinfo(self.slab_caches)
 
     def zoneinfo(self) -> str:
-        """Marks and counts of the one zone, as /proc/zoneinfo prints them."""
-        return zoneinfo(self.words, self.vmstat)
+        """Marks and counts of each node, as /proc/zoneinfo prints them."""
+        return zoneinfo(self.nodes, self.vmstat)
 
     def pagetypeinfo(self) -> str:
         """Free blocks and pageblocks by migratetype, as /proc/pagetypeinfo prints them."""
-        return pagetypeinfo(self.words)
+        return pagetypeinfo(self.nodes)
 
     def check(self) -> None:
         """Validate every structure; AssertionError says what is wrong.
@@ -446,8 +509,9 @@ class Slab:
         self.size = dtype.itemsize
         self.table: NDArray[Any] = arena.mem.view(dtype)
         self._at = W_SLAB + number * SLAB_WORDS
-        arena.words[self._at + S_SHIFT] = self.size.bit_length() - 1
-        arena.words[self._at + S_LIMIT] = rows.magazine_limit(self.size)
+        for words in arena.nodes:
+            words[self._at + S_SHIFT] = self.size.bit_length() - 1
+            words[self._at + S_LIMIT] = rows.magazine_limit(self.size)
         assert self.size == 1 << int(arena.words[self._at + S_SHIFT])
 
     async def alloc(self, gfp: int = KERNEL) -> int:
@@ -460,13 +524,15 @@ class Slab:
         if arena._injector is not None:
             arena._injector.look(f"slab:{self.name}", 0, gfp)
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
+        placed = arena._place() if arena._several else 0
+        rights |= placed
         i: int = magazine.slab_alloc(*arena.slabs, arena.mem, self.number, rights, rows.TRIO)
         if i > 0:
             return i
         if i < 0:
             arena.reclaim.wake_kswapd()
             return -i
-        return await arena.slow.wait(self._request(gfp))
+        return await arena.slow.wait(self._request(gfp, placed))
 
     def try_alloc(self, gfp: int) -> int | None:
         """An object if it can be had without waiting, as far as its flags let it try."""
@@ -474,10 +540,13 @@ class Slab:
         assert gfp & FAILABLE, "a request that may fail says how hard to try"
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
-        return self._take(rights) or self.arena.slow.try_now(self._request(gfp)) or None
+        placed = self.arena._place() if self.arena._several else 0
+        request = self._request(gfp, placed)
+        return self._take(rights | placed) or self.arena.slow.try_now(request) or None
 
-    def _request(self, gfp: int) -> Request:
-        return Request(f"slab:{self.name}", "slab", self.number, 0, gfp, self._take, self.free)
+    def _request(self, gfp: int, placed: int) -> Request:
+        what = f"slab:{self.name}"
+        return Request(what, "slab", self.number, 0, gfp, self._take, self.free, placed)
 
     def _take(self, rights: int) -> int:
         arena = self.arena
@@ -504,9 +573,11 @@ class Slab:
     @property
     def nr_objects(self) -> int:
         """Objects in somebody's hands."""
-        words = self.arena.words
-        return int(words[self._at + S_OBJECTS]) - rows.objects_in_magazines(words, self.number)
+        return sum(
+            int(words[self._at + S_OBJECTS]) - rows.objects_in_magazines(words, self.number)
+            for words in self.arena.nodes
+        )
 
     @property
     def nr_slabs(self) -> int:
-        return int(self.arena.words[self._at + S_SLABS])
+        return sum(int(words[self._at + S_SLABS]) for words in self.arena.nodes)

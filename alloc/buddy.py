@@ -38,6 +38,7 @@ from alloc.page import (
     TAIL,
     W_BOOST,
     W_BUDDY_LOCK,
+    W_END,
     W_FREE,
     W_FREE_HIGHATOMIC,
     W_FREED,
@@ -46,9 +47,9 @@ from alloc.page import (
     W_LOWEST,
     W_LRU_LOCK,
     W_MIN,
-    W_PAGES,
     W_PGALLOC,
     W_PGFREE,
+    W_START,
     W_WAITERS,
     Buddy,
 )
@@ -221,19 +222,22 @@ def put_page(words, flags, order, refs, lru_next, lru_prev, pfn):
 
 @kernel(f"void({BUDDY_ARGS})")
 def build_free_lists(words, flags, order, refs, lru_next, lru_prev):
-    """All pages but page 0 become free, in the largest aligned blocks, lowest address first."""
+    """All pages of a node become free, in the largest aligned blocks, lowest address first.
+
+    But for page 0.
+    """
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
-    nr_pages = words[W_PAGES]
+    first = max(words[W_START], 1)
     flags[0] = RESERVED
-    pfn = nr_pages
-    while pfn > 1:
+    pfn = words[W_END]
+    while pfn > first:
         size = ORDER_MAX
-        while pfn & ((1 << size) - 1) != 0 or pfn - (1 << size) < 1:
+        while pfn & ((1 << size) - 1) != 0 or pfn - (1 << size) < first:
             size -= 1
         pfn -= 1 << size
         push(b, pfn, size, MOVABLE, False)
-    words[W_FREE] = nr_pages - 1
-    words[W_LOWEST] = 1
+    words[W_FREE] = words[W_END] - first
+    words[W_LOWEST] = first
 
 
 @helper

@@ -44,10 +44,10 @@ from alloc.page import (
     TAIL,
     TYPES,
     W_BLOCK_ORDER,
-    W_BLOCK_TYPES,
     W_BOOST,
     W_BOOST_MAX,
     W_BUDDY_LOCK,
+    W_END,
     W_FREE,
     W_FREE_HEAD,
     W_FREE_HIGHATOMIC,
@@ -62,10 +62,13 @@ from alloc.page import (
     W_PGFREE,
     W_ROWS,
     W_SLAB,
+    W_START,
     Z_COUNT,
     Z_OBJECTS,
+    Words,
 )
 from alloc.rows import nr_pages_listed, pages_given_back, pages_handed_out
+from alloc.zone import block_types
 
 if TYPE_CHECKING:
     from alloc.arena import Arena, Slab
@@ -73,25 +76,32 @@ if TYPE_CHECKING:
 
 def check(arena: Arena) -> None:
     """Everything. See `Arena.check`."""
-    assert int(arena.words[W_BUDDY_LOCK]) == 0, "the buddy lock is held"
-    assert int(arena.words[W_LRU_LOCK]) == 0, "the LRU lock is held"
-    allocated = _check_sum(arena)
-    _check_zone(arena)
-    _check_pages(arena, _check_free_lists(arena), _check_rows(arena))
+    free: dict[int, int] = {}
+    listed: set[int] = set()
+    allocated = 0
+    for words in arena.nodes:
+        assert int(words[W_BUDDY_LOCK]) == 0, "the buddy lock is held"
+        assert int(words[W_LRU_LOCK]) == 0, "the LRU lock is held"
+        allocated += _check_sum(words)
+        _check_zone(words)
+        free |= _check_free_lists(arena, words)
+        listed |= _check_rows(arena, words)
+    _check_pages(arena, free, listed)
     _check_lru(arena)
     _check_deferred(arena, allocated)
     for slab in arena.slab_caches:
-        _check_slab(arena, slab)
-        _check_magazines(arena, slab)
+        for words in arena.nodes:
+            _check_slab(arena, words, slab)
+            _check_magazines(arena, words, slab)
 
 
-def _check_sum(arena: Arena) -> int:
-    """free + on rows' lists + allocated = arena, by the counters; pages allocated."""
-    words = arena.words
+def _check_sum(words: Words) -> int:
+    """free + on rows' lists + allocated = all pages of a node, by the counters; the last."""
     taken = int(words[W_PGALLOC]) + pages_handed_out(words)
     given = int(words[W_PGFREE]) + pages_given_back(words)
     parts = int(words[W_FREE]), nr_pages_listed(words), taken - given
-    assert sum(parts) == arena.nr_pages - 1, "{} free, {} in rows, {} allocated".format(*parts)
+    pages = int(words[W_END]) - max(int(words[W_START]), 1)
+    assert sum(parts) == pages, "{} free, {} in rows, {} allocated".format(*parts)
     return taken - given
 
 
@@ -114,14 +124,13 @@ def _walk(arena: Arena, head: int, what: str) -> list[int]:
     return found
 
 
-def _check_free_lists(arena: Arena) -> dict[int, int]:
-    """Free blocks by pfn with their order."""
-    words = arena.words
+def _check_free_lists(arena: Arena, words: Words) -> dict[int, int]:
+    """Free blocks of a node by pfn with their order."""
     free: dict[int, int] = {}
     of_type: dict[int, int] = {}
     for mt in range(TYPES):
         for order in range(ORDERS):
-            blocks = _check_free_list(arena, mt, order)
+            blocks = _check_free_list(arena, words, mt, order)
             free.update(dict.fromkeys(blocks, order))
             of_type.update(dict.fromkeys(blocks, mt))
     for pfn, order in free.items():
@@ -137,9 +146,9 @@ def _check_free_lists(arena: Arena) -> dict[int, int]:
     return free
 
 
-def _check_free_list(arena: Arena, mt: int, order: int) -> list[int]:
+def _check_free_list(arena: Arena, words: Words, mt: int, order: int) -> list[int]:
     """One list, and that its blocks lie in pageblocks of its type."""
-    words, pages = arena.words, arena.pages
+    pages, start = arena.pages, int(words[W_START])
     at = (mt << FREE_SHIFT) + order
     name = f"free list {order} of type {mt}"
     blocks = _walk(arena, int(words[W_FREE_HEAD + at]), name)
@@ -150,25 +159,25 @@ def _check_free_list(arena: Arena, mt: int, order: int) -> list[int]:
         assert pfn % (1 << order) == 0, f"free block {pfn} of order {order} is not aligned"
         assert int(pages.flags[pfn]) == BUDDY, f"flags of free block {pfn}"
         assert int(pages.order[pfn]) == order, f"order of free block {pfn}"
-        types = words[W_BLOCK_TYPES:][pfn >> int(words[W_BLOCK_ORDER]) :]
+        assert start <= pfn < int(words[W_END]), f"free block {pfn} is of another node"
+        types = block_types(words)[pfn - start >> int(words[W_BLOCK_ORDER]) :]
         within = max(1 << order >> int(words[W_BLOCK_ORDER]), 1)
         assert (types[:within] == mt).all(), f"free block {pfn} is on the list of type {mt}"
     return blocks
 
 
-def _check_zone(arena: Arena) -> None:
+def _check_zone(words: Words) -> None:
     """The boost, and the size of the high-atomic reserve."""
-    words = arena.words
     assert 0 <= int(words[W_BOOST]) <= int(words[W_BOOST_MAX]), "the boost"
-    types = words[W_BLOCK_TYPES:]
+    types = block_types(words)
     assert ((types >= 0) & (types < TYPES)).all(), "a pageblock without type"
     reserved = int(np.count_nonzero(types == HIGHATOMIC)) << int(words[W_BLOCK_ORDER])
     assert reserved == int(words[W_HIGHATOMIC]), "pages of the high-atomic reserve"
 
 
-def _check_rows(arena: Arena) -> set[int]:
-    """Blocks on the lists of rows."""
-    words, pages = arena.words, arena.pages
+def _check_rows(arena: Arena, words: Words) -> set[int]:
+    """Blocks on the lists of a node's rows."""
+    pages, span = arena.pages, range(int(words[W_START]), int(words[W_END]))
     listed: set[int] = set()
     for row in range(ROWS):
         at = W_ROWS + row * ROW_WORDS
@@ -180,6 +189,7 @@ def _check_rows(arena: Arena) -> set[int]:
             while pfn:
                 what = f"block {pfn} on list {index} of row {row}"
                 assert pfn not in listed, f"{what} is listed twice"
+                assert pfn in span, f"{what} is of another node"
                 assert int(pages.flags[pfn]) == PCP, f"{what}: flags"
                 assert int(pages.order[pfn]) == order, f"{what}: order"
                 assert int(pages.refs[pfn]) == 0, f"{what} has references"
@@ -232,12 +242,13 @@ def _check_lru(arena: Arena) -> None:
     assert listed == int(np.count_nonzero(pages.flags & LRU)), "folios with LRU on no list"
 
 
-def _check_slab(arena: Arena, slab: Slab) -> None:
-    """Bitmaps, counts and the partial list of one cache."""
-    at = W_SLAB + slab.number * SLAB_WORDS
-    words, pages = arena.words, arena.pages
+def _check_slab(arena: Arena, words: Words, slab: Slab) -> None:
+    """Bitmaps, counts and the partial list of one cache on a node."""
+    at, start = W_SLAB + slab.number * SLAB_WORDS, int(words[W_START])
+    pages, span = arena.pages, slice(start, int(words[W_END]))
     assert int(words[at + S_LOCK]) == 0, f"the lock of slab {slab.name} is held"
-    slabs = np.flatnonzero((pages.flags & SLAB != 0) & (pages.mapping == slab.number)).tolist()
+    ours = (pages.flags[span] & SLAB != 0) & (pages.mapping[span] == slab.number)
+    slabs = (start + np.flatnonzero(ours)).tolist()
     assert len(slabs) == int(words[at + S_SLABS]), f"slabs of {slab.name}"
     per_slab = 4096 // slab.size
     partial, objects = set(), 0
@@ -254,9 +265,9 @@ def _check_slab(arena: Arena, slab: Slab) -> None:
     assert set(listed) == partial, f"partial list of {slab.name}"
 
 
-def _check_magazines(arena: Arena, slab: Slab) -> None:
+def _check_magazines(arena: Arena, words: Words, slab: Slab) -> None:
     """What lies in magazines is in use as far as its slab knows, and lies there once."""
-    words, pages = arena.words, arena.pages
+    pages, span = arena.pages, range(int(words[W_START]), int(words[W_END]))
     limit = int(words[W_SLAB + slab.number * SLAB_WORDS + S_LIMIT])
     seen: set[int] = set()
     for row in range(ROWS):
@@ -266,6 +277,7 @@ def _check_magazines(arena: Arena, slab: Slab) -> None:
         for i in words[at + Z_OBJECTS : at + Z_OBJECTS + count].tolist():
             what = f"object {i} in a magazine of {slab.name}"
             pfn, bit = divmod(i, 4096 // slab.size)
+            assert pfn in span, f"{what}: of another node"
             assert int(pages.flags[pfn]) & SLAB, f"{what}: no slab"
             assert int(pages.mapping[pfn]) == slab.number, f"{what}: not of this cache"
             bits = int(pages.private[pfn] if bit < 64 else pages.index[pfn])

@@ -26,6 +26,7 @@ import trio
 from alloc.buddy import FREED_AND_WAITERS
 from alloc.gfp import COSTLY_ORDER
 from alloc.migrate import MOVED, Mover, settle
+from alloc.node import spanned
 from alloc.page import (
     HIGHATOMIC,
     ORDER_MAX,
@@ -36,7 +37,6 @@ from alloc.page import (
     W_KSWAPD,
     W_LOW,
     W_MIN,
-    W_PAGES,
     Buddy,
 )
 from alloc.scanner import (
@@ -55,6 +55,7 @@ from alloc.scanner import (
     take_targets,
 )
 from alloc.vmstat import VmStat
+from alloc.zone import nr_blocks
 from alloc.zoneinfo import all_free_blocks, fragmentation_index, unusable_index
 
 ASYNC, SYNC_LIGHT, SYNC_FULL = "async", "sync_light", "sync_full"  # priorities
@@ -146,7 +147,7 @@ class Compaction:
         self.extfrag_threshold = EXTFRAG_THRESHOLD  # thousandths
         self.proactiveness = PROACTIVENESS  # percent
         self.deferral = Deferral()
-        blocks = -(-int(words[W_PAGES]) >> int(words[W_BLOCK_ORDER]))
+        blocks = nr_blocks(spanned(words))
         self._top = (blocks - 1) << int(words[W_BLOCK_ORDER])
         self._skip = np.full(blocks, NO_SKIP, np.uint8)
         self._flush = False  # the scanners have met: hints have had their time

@@ -24,26 +24,27 @@ from alloc.page import (
     ORDER_MAX,
     W_BLOCK_ORDER,
     W_BLOCK_TYPES,
+    W_END,
     W_FREE_HEAD,
     W_FREE_HIGHATOMIC,
     W_FREE_ORDERS,
     W_FREE_TAIL,
     W_LOWEST,
     W_NR_FREE,
-    W_PAGES,
+    W_START,
 )
 
 
 @helper
 def block_type(words, pfn):
     """The migratetype of the pageblock that a page lies in."""
-    return words[W_BLOCK_TYPES + (pfn >> words[W_BLOCK_ORDER])]
+    return words[W_BLOCK_TYPES + (pfn - words[W_START] >> words[W_BLOCK_ORDER])]
 
 
 @helper
 def set_block_types(words, pfn, order, mt):
     """All pageblocks that begin in an aligned block get this type."""
-    first = W_BLOCK_TYPES + (pfn >> words[W_BLOCK_ORDER])
+    first = W_BLOCK_TYPES + (pfn - words[W_START] >> words[W_BLOCK_ORDER])
     for at in range(first, first + (1 << max(order - words[W_BLOCK_ORDER], 0))):
         words[at] = mt
 
@@ -127,7 +128,7 @@ def _next_is_free(b, pfn, order):
         return False
     larger = pfn & ~(np.int64(1) << order)
     buddy = larger ^ (np.int64(2) << order)
-    if buddy + (2 << order) > b.words[W_PAGES]:
+    if buddy + (2 << order) > b.words[W_END]:
         return False
     return b.flags[buddy] == BUDDY and b.order[buddy] == order + 1
 
@@ -143,7 +144,7 @@ def merge_and_push(b, pfn, order):
     mt = block_type(words, pfn)
     while order < ORDER_MAX:
         buddy = pfn ^ (np.int64(1) << order)
-        if buddy + (1 << order) > words[W_PAGES]:
+        if buddy + (1 << order) > words[W_END]:
             break
         if b.flags[buddy] != BUDDY or b.order[buddy] != order:
             break

@@ -15,8 +15,9 @@ Trio thread only; reads the free count and the marks without a lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import trio
@@ -42,10 +43,10 @@ class Kswapd:
     """The background reclaimer of one arena."""
 
     def __init__(
-        self, reclaim: Reclaim, words: Words, vmstat: VmStat, waiting: Callable[[], int]
+        self, reclaim: Reclaim, nodes: Sequence[Words], vmstat: VmStat, waiting: Callable[[], int]
     ) -> None:
         self._reclaim = reclaim
-        self._words = words
+        self._nodes = nodes
         self._vmstat = vmstat
         self._waiting = waiting
         self._wake = trio.Event()
@@ -127,12 +128,13 @@ class Kswapd:
         self._vmstat.add("kswapd_high_wmark_hit_quickly")
         return True
 
-    def _balanced(self, boost: int = 0) -> bool:
-        return self._short(boost) <= 0 and not self._waiting()
+    def _balanced(self, boosts: Sequence[int] = ()) -> bool:
+        return self._short(boosts) <= 0 and not self._waiting()
 
-    def _short(self, boost: int = 0) -> int:
-        """Pages that are missing to `high`, and to what a boost adds."""
-        return int(self._words[W_HIGH]) + boost - int(self._words[W_FREE])
+    def _short(self, boosts: Sequence[int] = ()) -> int:
+        """Pages that nodes lack to `high`, and to what a boost adds."""
+        lacks = [int(words[W_HIGH] - words[W_FREE]) for words in self._nodes]
+        return sum(max(lack + more, 0) for lack, more in zip_longest(lacks, boosts, fillvalue=0))
 
     async def _balance(self) -> bool:
         """One run; whether it reached its aim.
@@ -143,15 +145,15 @@ class Kswapd:
         """
         self._vmstat.add("pageoutrun")
         reclaim = self._reclaim
-        enough = max(int(self._words[W_HIGH]), SWAP_CLUSTER_MAX)
+        enough = max(sum(int(words[W_HIGH]) for words in self._nodes), SWAP_CLUSTER_MAX)
         priority, total = PRIORITY_FIRST, 0
-        boost = int(take_boost(self._words))
-        while not self._balanced(boost):
-            target = max(self._short(boost), SWAP_CLUSTER_MAX)
+        boosts = [int(take_boost(words)) for words in self._nodes]
+        while not self._balanced(boosts):
+            target = max(self._short(boosts), SWAP_CLUSTER_MAX)
             freed = reclaim.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
             total += freed
             self._note_pass()
-            if self._balanced(boost) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
+            if self._balanced(boosts) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
                 break
             if reclaim.throttle.stat.immediate:
                 await reclaim.throttle.wait(WRITEBACK)
@@ -168,8 +170,12 @@ class Kswapd:
     @contextmanager
     def _working(self) -> Iterator[None]:
         """While kswapd works, rows keep little (alloc/pcp.py)."""
-        self._words[W_KSWAPD] = 1
+        self._set_working(1)
         try:
             yield
         finally:
-            self._words[W_KSWAPD] = 0
+            self._set_working(0)
+
+    def _set_working(self, value: int) -> None:
+        for words in self._nodes:
+            words[W_KSWAPD] = value

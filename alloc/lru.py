@@ -48,7 +48,6 @@ from alloc.page import (
     REFERENCED,
     W_LRU,
     W_LRU_LOCK,
-    W_PAGES,
     WORKINGSET,
     Buddy,
 )
@@ -144,7 +143,7 @@ def _link_lru(b, pfn, at_tail):
 @helper
 def _evictable_block(b, base, size):
     """Whether everything in an aligned block is free or on an LRU list."""
-    if base + size > b.words[W_PAGES]:
+    if base + size > b.flags.size:
         return False
     pfn = base
     while pfn < base + size:

@@ -6,6 +6,9 @@ lock.
 What is freed goes home to its slab at once below `low` and while anybody waits, so that slabs can
 become empty; a drain empties all magazines, and a refresh those that nobody used since the last.
 
+Each node has slabs, and magazines in its rows. `object_alloc` and `object_free` get the words of
+all nodes and find the right one, as alloc/pcp.py does.
+
 To its slab an object in a magazine is in use: its bit is clear. So a double free is found in the
 magazine that the object lies in if it is the caller's own; otherwise when the second copy comes
 home. Objects come zeroed; that is part of what an allocation costs.
@@ -18,21 +21,43 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import load_acquire, spin_lock, spin_trylock, spin_unlock
-from alloc.buddy import FREED, FREED_AND_WAITERS, RIGHTS_QUEUED, WOULD_BLOCK
+from alloc.buddy import (
+    FREED,
+    FREED_AND_WAITERS,
+    RIGHTS_LOW,
+    RIGHTS_MIN,
+    RIGHTS_NONBLOCK,
+    RIGHTS_QUEUED,
+    WOULD_BLOCK,
+)
 from alloc.jit import helper, inlined, kernel
 from alloc.libc import memset
+from alloc.node import (
+    PLACED,
+    RIGHTS_MASK,
+    SOFT,
+    let_go,
+    may_use,
+    node_of,
+    nth_node,
+    slabs_on,
+    wanted_node,
+)
 from alloc.page import (
     MAGAZINE_WORDS,
     P_COUNT,
     P_LOCK,
     P_MAGAZINES,
+    PAGE_SHIFT,
     ROWS,
     S_LIMIT,
     S_SHIFT,
     SLAB_CACHES,
     SLAB_WORDS,
+    W_END,
     W_FREE,
     W_LOW,
+    W_NODES,
     W_SLAB,
     W_WAITERS,
     Z_COUNT,
@@ -45,6 +70,7 @@ from alloc.pcp import decay, drain_pages, row_at
 from alloc.slab import FREE_ALREADY, claim, fault_of, restore
 
 SLAB_ARGS = "i8[::1], u4[::1], u1[::1], i4[::1], u4[::1], u4[::1], u4[::1], u8[::1], u8[::1]"
+
 
 @inlined
 def _magazine_at(row_words, cache):
@@ -76,8 +102,8 @@ def _load(s, at, cache, rights):
 
 
 @inlined
-def object_alloc(s, mem, cache, rights, row):
-    """A zeroed object's index, negated when free pages are now below `low`; or WOULD_BLOCK."""
+def _alloc_here(s, mem, cache, rights, row):
+    """`object_alloc` on one node."""
     words = s.words
     row_words = row_at(row)
     at = _magazine_at(row_words, cache)
@@ -103,6 +129,42 @@ def object_alloc(s, mem, cache, rights, row):
 
 
 @helper
+def _alloc_of(s, mem, cache, rights, row, asked):
+    """Of the nodes that a request may use, the first that serves it with these rights; or 0."""
+    wanted = wanted_node(asked)
+    for n in range(s.words[W_NODES]):
+        node = nth_node(s.words, wanted, n)
+        if may_use(asked, node):
+            got = _alloc_here(slabs_on(s, node), mem, cache, rights, row)
+            if got != WOULD_BLOCK:
+                return got
+    return np.int64(WOULD_BLOCK)
+
+
+@helper
+def _alloc_along(s, mem, cache, asked, row):
+    """`object_alloc` where there are several nodes."""
+    rights = asked & RIGHTS_MASK
+    while True:
+        got = np.int64(WOULD_BLOCK)
+        if rights & (3 | RIGHTS_QUEUED | RIGHTS_NONBLOCK) == RIGHTS_MIN:
+            got = _alloc_of(s, mem, cache, rights | RIGHTS_LOW, row, asked)
+        if got == WOULD_BLOCK:
+            got = _alloc_of(s, mem, cache, rights, row, asked)
+        if got != WOULD_BLOCK or asked & SOFT == 0:
+            return got
+        asked = let_go(asked)
+
+
+@inlined
+def object_alloc(s, mem, cache, rights, row):
+    """A zeroed object's index, negated when free pages are now below `low`; or WOULD_BLOCK."""
+    if rights & PLACED != 0:
+        return _alloc_along(s, mem, cache, rights, row)
+    return _alloc_here(s, mem, cache, rights, row)
+
+
+@helper
 def _lies_in(words, at, n, index):
     """Whether an object is one of the `n` in a magazine."""
     found = False
@@ -112,8 +174,8 @@ def _lies_in(words, at, n, index):
 
 
 @inlined
-def object_free(s, cache, index, row):
-    """Give an object back: FREED, FREED_AND_WAITERS, or a negative code for a caller's bug."""
+def _free_here(s, cache, index, row):
+    """`object_free` on one node."""
     code = fault_of(s, cache, index)
     if code < 0:
         return code
@@ -138,6 +200,21 @@ def object_free(s, cache, index, row):
     if code == FREED and load_acquire(words, W_WAITERS) > 0:
         return np.int64(FREED_AND_WAITERS)
     return code
+
+
+@helper
+def _free_home(s, cache, index, row, pfn):
+    """`object_free` where the object is not node 0's."""
+    return _free_here(slabs_on(s, node_of(s.words, pfn)), cache, index, row)
+
+
+@inlined
+def object_free(s, cache, index, row):
+    """Give an object back: FREED, FREED_AND_WAITERS, or a negative code for a caller's bug."""
+    pfn = index >> PAGE_SHIFT - s.words[W_SLAB + cache * SLAB_WORDS + S_SHIFT]
+    if pfn >= s.words[W_END]:
+        return _free_home(s, cache, index, row, pfn)
+    return _free_here(s, cache, index, row)
 
 
 @helper
@@ -171,7 +248,7 @@ def slab_free(words, flags, order, refs, lru_next, lru_prev, mapping, low, high,
 
 @kernel(f"i8({SLAB_ARGS}, b1)")
 def drain_rows(words, flags, order, refs, lru_next, lru_prev, mapping, low, high, wholesale):
-    """All rows give everything back (wholesale), or what they do not use: the refresh.
+    """All rows of a node give everything back (wholesale), or what they do not use: the refresh.
 
     A drain waits for each row's lock; a refresh leaves a row alone that is at work. FREED, or the
     code of a double free that came to light.

@@ -9,8 +9,9 @@ Who may write a field: BUDDY pages belong to the buddy lock; SLAB pages to their
 links and the LRU/ACTIVE flags of other pages to the LRU lock; everything else to the owner of the
 page. `flags` is shared, so once other threads run it is changed only by atomic or/and.
 
-`words` is one int64 array that holds locks, list heads, marks and counters at the indices below.
-What different threads spin on is kept in different 64-byte lines (8 words).
+`words` is one int64 array that holds locks, list heads, marks and counters. Each node has a row of
+it, with everything at the indices below; node 0's is the first, so where there is one node the
+whole array is its row. What different threads spin on is kept in different 64-byte lines (8 words).
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ TYPES = 4
 BUSY = RESERVED | BUDDY | DIRTY | WRITEBACK | LOCKED
 
 # words: marks, written once, and what the fast path reads
-W_PAGES = 0  # pages in the arena, page 0 included
+W_END = 0  # the node has the pages from W_START up to this one
 W_MIN = 1
 W_LOW = 2
 W_HIGH = 3
 W_WAITERS = 4  # tasks that wait for memory
-W_PROMO = 5
+W_START = 5  # a multiple of the largest block
 W_BLOCK_ORDER = 6  # of a pageblock
-W_BOOST_MAX = 7  # pages that fallbacks may add to `low` and `high`; 0: none
+W_NODES = 7  # how many rows there are
 # words: the buddy's line
 W_BUDDY_LOCK = 8
 W_FREE = 9  # free pages
@@ -80,6 +81,14 @@ W_HIGHATOMIC = 20  # pages in pageblocks of the high-atomic reserve, free or not
 W_HIGHATOMIC_MAX = 21
 W_CLAIMED = 22  # pageblocks that changed their type for a request, since the beginning
 W_STOLEN = 23  # requests that took pages of a pageblock of another type
+# words: written once, and seldom read
+W_NODE = 40  # whose row it is
+W_SPAN = 41  # pages of each node, of which the last one may have less
+W_STRIDE = 42  # words of a row
+W_PROMO = 43
+W_BOOST_MAX = 44  # pages that fallbacks may add to `low` and `high`; 0: none
+W_WEIGHT = 45  # of the node, for weighted interleaving
+W_MEMPOLICY = 46  # of node 0: the mount's memory policy
 # words: the LRU's line
 W_LRU_LOCK = 48
 W_LRU = 49  # head, tail, pages of the inactive list, then of the active list
@@ -132,10 +141,16 @@ FREE_SHIFT = 4
 W_FREE_HEAD = W_ROWS + ROWS * ROW_WORDS
 W_FREE_TAIL = W_FREE_HEAD + (TYPES << FREE_SHIFT)
 W_NR_FREE = W_FREE_TAIL + (TYPES << FREE_SHIFT)
-# words: the migratetype of each pageblock, to the end
-W_BLOCK_TYPES = W_NR_FREE + (TYPES << FREE_SHIFT)
+# words: requests by where they wanted to be served and where they were (alloc/node.py)
+W_NUMA = W_NR_FREE + (TYPES << FREE_SHIFT)
+# words: all nodes, nearest first
+W_ZONELIST = W_NUMA + 8
+NODES = 16
+# words: the migratetype of each pageblock
+W_BLOCK_TYPES = W_ZONELIST + NODES
 LINE_BYTES = 64
-assert W_ROWS % 8 == ROW_WORDS % 8 == P_MAGAZINES % 8 == W_FREE_HEAD % 8 == 0
+LINE_WORDS = LINE_BYTES // 8
+assert W_ROWS % 8 == ROW_WORDS % 8 == P_MAGAZINES % 8 == W_FREE_HEAD % 8 == W_NUMA % 8 == 0
 
 Words = NDArray[np.int64]
 
@@ -188,9 +203,10 @@ def _aligned(count: int, kind: str) -> NDArray[Any]:
     return room[skip : skip + nbytes].view(kind)
 
 
-def make_words(nr_pageblocks: int) -> Words:
-    """Control words of an arena with so many pageblocks, all zero."""
-    return _aligned(W_BLOCK_TYPES + nr_pageblocks, "i8")
+def make_words(nr_nodes: int, nr_pageblocks: int) -> Words:
+    """Control words of so many nodes, each with room for so many pageblocks; all zero."""
+    row = -(-(W_BLOCK_TYPES + nr_pageblocks) // LINE_WORDS) * LINE_WORDS
+    return _aligned(nr_nodes * row, "i8")
 
 
 def make_pages(nr_pages: int) -> Pages:

@@ -8,13 +8,14 @@ come from the size of the arena (alloc/rows.py), `high` grows while pages go bac
 decays when they do not.
 
 A block on a row's list is free, but not the buddy's: nobody merges it and the marks do not count
-it. free + pcp + allocated = arena. PCP is on its first page; the tails keep TAIL and the order.
-So that memory does not hide here when it is short: below `low`, and while anybody waits, frees go
-to the buddy; while kswapd works a row keeps four batches at most; and before a request waits, all
-rows are drained, magazines too (alloc/magazine.py).
+it. free + pcp + allocated = arena. PCP is on its first page; tails keep TAIL and the order. So that
+memory does not hide here when it is short: below `low`, and while anybody waits, frees go to the
+buddy; while kswapd works a row keeps four batches at most; and before a request waits, all rows
+are drained, magazines too (alloc/magazine.py).
 
-A row has a lock, so that others can drain it. Its owner only tries it, and deals with the buddy
-itself if somebody drains. Order: row -> slab -> lru -> buddy; no row is locked inside another.
+Each node has such lists for all threads; `take`, `give_back` and `put` find the right ones. A row
+has a lock, so that others can drain it. Its owner only tries it, and deals with the buddy itself if
+somebody drains. Order: row -> slab -> lru -> buddy; no row is locked inside another.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -37,6 +38,8 @@ from alloc.buddy import (
     MT_MASK,
     MT_SHIFT,
     NOT_ALLOCATED,
+    RIGHTS_LOW,
+    RIGHTS_MIN,
     RIGHTS_NONBLOCK,
     RIGHTS_QUEUED,
     STILL_USED,
@@ -49,6 +52,18 @@ from alloc.buddy import (
 from alloc.freelist import block_type
 from alloc.jit import helper, inlined, kernel
 from alloc.lru import BUDDY_ARGS, unlink_lru
+from alloc.node import (
+    PLACED,
+    RIGHTS_MASK,
+    SOFT,
+    buddy_on,
+    count_numa,
+    let_go,
+    may_use,
+    node_of,
+    nth_node,
+    wanted_node,
+)
 from alloc.page import (
     BUSY,
     HEAD,
@@ -70,11 +85,13 @@ from alloc.page import (
     PCP_ORDERS,
     ROW_WORDS,
     TAIL,
+    W_END,
     W_FREE,
     W_HIGH,
     W_KSWAPD,
     W_LOW,
     W_LRU_LOCK,
+    W_NODES,
     W_PCP_BATCH,
     W_PCP_HIGH_MAX,
     W_PCP_HIGH_MIN,
@@ -284,15 +301,15 @@ def _give_back_bare(b, pfn, order):
 
 
 @inlined
-def take(b, row, order, rights):
-    """As `buddy.take`, through the row's lists where there are lists for the order.
+def _is_listed(order, rights):
+    """Whether a request may be served from a row's lists."""
+    return order < PCP_ORDERS and rights & (RIGHTS_QUEUED | RIGHTS_NONBLOCK | PLACED) == 0
 
-    A request that can not wait goes to the buddy, who keeps a reserve for it. Whether a request
-    may be served depends on the marks alone, not on what the row has.
-    """
+
+@inlined
+def _take_listed(b, row, order, rights):
+    """`take` on one node, for a request that may be served from a row's lists."""
     words = b.words
-    if order >= PCP_ORDERS or rights & (RIGHTS_QUEUED | RIGHTS_NONBLOCK) != 0:
-        return _take_bare(b, order, rights)
     if not passes_mark(words, order, rights):
         return np.int64(WOULD_BLOCK)
     at = row_at(row)
@@ -316,13 +333,65 @@ def take(b, row, order, rights):
     return -pfn if is_low(words) else pfn
 
 
-@inlined
-def give_back(b, row, pfn):
-    """As `buddy.give_back`, to the row's list for the pageblock's type unless memory is short."""
+@helper
+def _take_of(b, row, order, rights, asked):
+    """Of the nodes that a request may use, the first that serves it with these rights; or 0."""
     words = b.words
-    order = np.int64(b.order[pfn])
-    if order >= PCP_ORDERS or words[W_FREE] < words[W_LOW] or load_acquire(words, W_WAITERS) > 0:
-        return _give_back_bare(b, pfn, order)
+    wanted = wanted_node(asked)
+    for n in range(words[W_NODES]):
+        node = nth_node(words, wanted, n)
+        if may_use(asked, node):
+            near = buddy_on(b, node)
+            if _is_listed(order, rights):
+                got = _take_listed(near, row, order, rights)
+            else:
+                got = _take_bare(near, order, rights)
+            if got != WOULD_BLOCK:
+                count_numa(words, asked, node)
+                return got
+    return np.int64(WOULD_BLOCK)
+
+
+@helper
+def _take_unlisted(b, row, order, asked):
+    """`take` for all others: from the buddy, and where there are several nodes."""
+    if asked & PLACED == 0:
+        return _take_bare(b, order, asked)
+    rights = asked & RIGHTS_MASK
+    while True:
+        got = np.int64(WOULD_BLOCK)
+        if rights & (3 | RIGHTS_QUEUED | RIGHTS_NONBLOCK) == RIGHTS_MIN:
+            got = _take_of(b, row, order, rights | RIGHTS_LOW, asked)
+        if got == WOULD_BLOCK:
+            got = _take_of(b, row, order, rights, asked)
+        if got != WOULD_BLOCK or asked & SOFT == 0:
+            return got
+        asked = let_go(asked)
+
+
+@inlined
+def take(b, row, order, rights):
+    """As `buddy.take`, through the row's lists where there are lists for the order.
+
+    A request that can not wait goes to the buddy, who keeps a reserve for it. Whether a request
+    may be served depends on the marks alone, not on what the row has.
+    """
+    if not _is_listed(order, rights):
+        return _take_unlisted(b, row, order, rights)
+    return _take_listed(b, row, order, rights)
+
+
+@inlined
+def _is_wanted_here(words, order):
+    """Whether a block that comes back may stay on a row's list: memory is not short."""
+    plenty = words[W_FREE] >= words[W_LOW] and load_acquire(words, W_WAITERS) <= 0
+    return order < PCP_ORDERS and plenty
+
+
+@inlined
+def _give_back_listed(b, row, pfn, order):
+    """`give_back` on one node, to a row's list for the pageblock's type."""
+    words = b.words
     at = row_at(row)
     if not spin_trylock(words, at + P_LOCK):
         return _give_back_bare(b, pfn, order)
@@ -339,6 +408,27 @@ def give_back(b, row, pfn):
     if load_acquire(words, W_WAITERS) > 0:
         return FREED_AND_WAITERS
     return FREED
+
+
+@helper
+def _give_back_unlisted(b, row, pfn, order):
+    """`give_back` for all others: to the buddy, and to other nodes than the first."""
+    if pfn < b.words[W_END]:
+        return _give_back_bare(b, pfn, order)
+    home = buddy_on(b, node_of(b.words, pfn))
+    if _is_wanted_here(home.words, order):
+        return _give_back_listed(home, row, pfn, order)
+    return _give_back_bare(home, pfn, order)
+
+
+@inlined
+def give_back(b, row, pfn):
+    """As `buddy.give_back`, to the row's list for the pageblock's type unless memory is short."""
+    words = b.words
+    order = np.int64(b.order[pfn])
+    if pfn >= words[W_END] or not _is_wanted_here(words, order):
+        return _give_back_unlisted(b, row, pfn, order)
+    return _give_back_listed(b, row, pfn, order)
 
 
 @inlined

@@ -13,7 +13,7 @@ may be throttled (alloc/throttle.py). One pass runs at a time: a shrinker must n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -34,10 +34,10 @@ VAIN_S = 0.05
 class Reclaim:
     """The shrinkers and cleaners of one arena, and the work of getting memory back."""
 
-    def __init__(self, words: Words, vmstat: VmStat, waiting: Callable[[], int]) -> None:
-        self._words = words
+    def __init__(self, nodes: Sequence[Words], vmstat: VmStat, waiting: Callable[[], int]) -> None:
+        self._nodes = nodes
         self._vmstat = vmstat
-        self.background = Kswapd(self, words, vmstat, waiting)
+        self.background = Kswapd(self, nodes, vmstat, waiting)
         self.throttle = Throttle(vmstat, lambda: self.background.hopeless)
         self._shrinkers: list[ShrinkerState] = []
         self._cleaners: list[Callable[[], None]] = []
@@ -88,7 +88,7 @@ class Reclaim:
         self.who = who
         self.throttle.begin_pass(who == "kswapd")
         self.scanned = 0
-        free_before = int(self._words[W_FREE])
+        free_before = self._free()
         freed = 0
         try:
             for state in [s for s in self._shrinkers if s.nid in (NO_NODE, nid)]:
@@ -100,7 +100,7 @@ class Reclaim:
             self.throttle.end_pass()
             if validator is not None:
                 validator.dropped(lockdep.FS_RECLAIM)
-        gained = max(int(self._words[W_FREE]) - free_before, 0)
+        gained = max(self._free() - free_before, 0)
         self._vmstat.add("slabs_scanned", self.scanned)
         self._vmstat.add(f"pgsteal_{who}", gained)
         progress = max(freed, gained)
@@ -167,7 +167,7 @@ class Reclaim:
         """Whether less than half of `min` is free and kswapd works on it."""
         if not self.background.running or self.background.hopeless:
             return False
-        return int(self._words[W_FREE]) <= int(self._words[W_MIN]) // 2
+        return self._free() <= sum(int(words[W_MIN]) for words in self._nodes) // 2
 
     async def _spare_reserve(self, gfp: int, satisfied: Callable[[], bool]) -> None:
         """Those who clean live on the rest of the reserve: kswapd refills it first.
@@ -218,3 +218,7 @@ class Reclaim:
 
     def _note_in_vain(self, gfp: int) -> None:
         self._vain[gfp & gfp_flags.NOIO] = (self._kicks, trio.current_time())
+
+    def _free(self) -> int:
+        """Free pages of all nodes, those in rows not counted."""
+        return sum(int(words[W_FREE]) for words in self._nodes)

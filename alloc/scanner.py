@@ -32,9 +32,9 @@ from alloc.page import (
     TAIL,
     W_BLOCK_ORDER,
     W_BUDDY_LOCK,
+    W_END,
     W_FREE,
     W_LRU_LOCK,
-    W_PAGES,
     W_PGALLOC,
     Buddy,
 )
@@ -105,7 +105,7 @@ def find_unit(words, flags, order, refs, lru_next, lru_prev, skip, state, wanted
     at = state[C_MIGRATE]
     while found == 0 and at + size <= state[C_FREE]:
         begin = at
-        end = min((at & -region) + region, words[W_PAGES])
+        end = min((at & -region) + region, words[W_END])
         usable = _type_fits(words, begin & -region, end, mt)
         if usable and not ignore:
             usable = not _is_skipped(words, skip, begin & -region, end, wanted)
@@ -165,7 +165,7 @@ def _free_in(b, start, want, spared):
     -1: there is not even a smaller one. Those of order `spared` and above are left alone.
     """
     words = b.words
-    end = min(start + (np.int64(1) << words[W_BLOCK_ORDER]), words[W_PAGES])
+    end = min(start + (np.int64(1) << words[W_BLOCK_ORDER]), words[W_END])
     answer = np.int64(-1)
     pfn = start
     while pfn < end:

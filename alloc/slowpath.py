@@ -7,7 +7,7 @@ whom reclaim waits for); try; give back what lists, grace periods and the high-a
 try; compact, each round with more effort; try. A request that the policy
 allows to fail, fails here. Any other wakes the cleaners, tries with half of the reserve if it holds
 others up (NOFAIL; NOFS where nothing may fail), sleeps until it is served or something happened,
-and begins again.
+and begins again; one that is bound to nodes may from then on be served by any.
 
 Unlike Linux's, requests that wait stand in line (`alloc/wait.py`): each try is a turn of the whole
 line, so a task may be served by another's reclaim. The turn that follows each block that
@@ -52,6 +52,7 @@ from alloc.gfp import (
     RETRY_MAYFAIL,
     describe,
 )
+from alloc.node import BOUND
 from alloc.page import W_WAITERS
 from alloc.policy import AllocationFailed, caller
 from alloc.wait import POLL_S, WHO, Key, Ticket, WaitQueue
@@ -100,6 +101,7 @@ class Request(NamedTuple):
     gfp: int
     attempt: Callable[[int], int]  # with rights; 0 when there is nothing
     undo: Callable[[int], object]
+    placed: int  # on which nodes, as rights have it
 
 
 class SlowPath:
@@ -116,7 +118,8 @@ class SlowPath:
         arena.vmstat.gauge("alloc_wait_longest_ms", lambda: int(self._longest * 1000))
 
     def _waiters_changed(self, length: int) -> None:
-        self._arena.words[W_WAITERS] = length
+        for words in self._arena.nodes:
+            words[W_WAITERS] = length
 
     def wanted_order(self) -> int:
         """The order of the oldest request that waits for a folio; 0 when there is none."""
@@ -195,7 +198,7 @@ class SlowPath:
 
         def satisfied() -> bool:
             nonlocal got
-            got = request.attempt(rights)
+            got = request.attempt(rights | request.placed)
             return got != 0
 
         *_, result = self._compaction(request.order, request.gfp, priority, satisfied)
@@ -207,7 +210,7 @@ class SlowPath:
         held: list[int] = []
 
         def satisfied() -> bool:
-            held.append(request.attempt(rights))
+            held.append(request.attempt(rights | request.placed))
             return held[-1] != 0
 
         self._arena.reclaim.full_round(request.gfp, satisfied)
@@ -220,14 +223,15 @@ class SlowPath:
 
     def _try(self, request: Request, rights: int) -> int:
         _note(f"freelist:{MARKS[rights & WHO]}")
-        return request.attempt(rights)
+        return request.attempt(rights | request.placed)
 
     # ---------------------------------------------------------------- requests that wait
 
     async def wait(self, request: Request) -> int:
         """A ticket, reclaim, sleep; until served. AllocationFailed only by another policy."""
         arena = self._arena
-        key = Key(request.kind, request.size, self.rights(request.gfp, False) | RIGHTS_QUEUED)
+        rights = self.rights(request.gfp, stuck=False) | RIGHTS_QUEUED
+        key = Key(request.kind, request.size, rights, request.placed)
         ticket = Ticket(request.what, request.gfp, caller(), key, request.attempt)
         self.queue.join(ticket)
         arena.vmstat.add("alloc_waits")
@@ -299,14 +303,17 @@ class SlowPath:
         _note("cleaners")
         arena.reclaim.wake_cleaners()
         rights = self.rights(ticket.gfp, stuck=True) | RIGHTS_QUEUED
-        if not ticket.value and rights != ticket.key.rights:
-            self.queue.promote(ticket, rights)
+        anywhere = ticket.slept or ticket.gfp & MEMALLOC
+        placed = ticket.key.placed & ~BOUND if anywhere else ticket.key.placed
+        if not ticket.value and (rights, placed) != ticket.key[2:]:
+            self.queue.promote(ticket, rights, placed)
             self._served(ticket)
         if ticket.value:
             return report_at
         ticket.reason = stall.reason(arena, ticket)
         _note("sleep")
         waited = trio.current_time() - ticket.since
+        ticket.slept = True
         woken = await self.queue.park(ticket, max(report_at - waited, 0.001))
         if not ticket.value:
             self._count_vain(ticket, woken)

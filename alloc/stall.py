@@ -46,7 +46,7 @@ def reason(arena: Arena, ticket: Ticket) -> str:
     mark = {RIGHTS_ALL: 0, RIGHTS_HALF: arena.marks.min // 2}.get(who, arena.marks.min)
     if arena.free_pages - ((1 << order) - 1) <= mark:
         return f"free pages at the mark of {mark}"
-    if not any(all_free_blocks(arena.words)[order:]):
+    if not any(any(all_free_blocks(words)[order:]) for words in arena.nodes):
         return "no free block is as large"
     return "others came first"
 

@@ -7,8 +7,10 @@ is a snapshot of moving numbers, each of them right at some moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
+from alloc.node import NUMA_NAMES, spanned
 from alloc.page import (
     LRU_PAGES,
     LRU_STRIDE,
@@ -20,7 +22,7 @@ from alloc.page import (
     W_FREE,
     W_FREE_HIGHATOMIC,
     W_LRU,
-    W_PAGES,
+    W_NUMA,
     W_PGALLOC,
     W_PGFREE,
     W_SLAB,
@@ -64,25 +66,49 @@ def nr_slab_pages(words: Words, reclaimable: bool) -> int:
     return int(caches[caches[:, S_RECLAIMABLE] == reclaimable, S_SLABS].sum())
 
 
-class VmStat(Mapping[str, int]):
-    """/proc/vmstat of one arena: a mapping from name to count."""
+def node_counts(words: Words) -> dict[str, Callable[[], int]]:
+    """What the kernels count on a node, under the names of /proc/vmstat."""
+    counts: dict[str, Callable[[], int]] = {
+        "nr_free_pages": lambda: int(words[W_FREE]),
+        "nr_inactive_file": lambda: int(words[W_LRU + LRU_PAGES]),
+        "nr_active_file": lambda: int(words[W_LRU + LRU_STRIDE + LRU_PAGES]),
+        "nr_slab": lambda: nr_slab_pages(words, True) + nr_slab_pages(words, False),
+        "nr_slab_reclaimable": lambda: nr_slab_pages(words, True),
+        "nr_slab_unreclaimable": lambda: nr_slab_pages(words, False),
+        "nr_free_highatomic": lambda: int(words[W_FREE_HIGHATOMIC]),
+        "nr_pcp_pages": lambda: nr_pages_listed(words),
+        "pgalloc_normal": lambda: int(words[W_PGALLOC]) + pages_handed_out(words),
+        "pageblock_claimed": lambda: int(words[W_CLAIMED]),
+        "pageblock_stolen": lambda: int(words[W_STOLEN]),
+        "pgfree": lambda: int(words[W_PGFREE]) + pages_given_back(words),
+    }
+    return counts
 
-    def __init__(self, words: Words) -> None:
+
+def numa_counts(words: Words) -> dict[str, Callable[[], int]]:
+    """What is counted on a node only where there are others."""
+    return {name: partial(_word, words, W_NUMA + i) for i, name in enumerate(NUMA_NAMES)}
+
+
+def _word(words: Words, at: int) -> int:
+    return int(words[at])
+
+
+def _total(counts: Sequence[Callable[[], int]]) -> int:
+    return sum(count() for count in counts)
+
+
+class VmStat(Mapping[str, int]):
+    """/proc/vmstat of one arena: a mapping from name to count, all nodes together."""
+
+    def __init__(self, nodes: Sequence[Words]) -> None:
         self._counts = dict.fromkeys(NAMES, 0)
-        self._live: dict[str, Callable[[], int]] = {
-            "nr_free_pages": lambda: int(words[W_FREE]),
-            "nr_inactive_file": lambda: int(words[W_LRU + LRU_PAGES]),
-            "nr_active_file": lambda: int(words[W_LRU + LRU_STRIDE + LRU_PAGES]),
-            "nr_slab": lambda: nr_slab_pages(words, True) + nr_slab_pages(words, False),
-            "nr_slab_reclaimable": lambda: nr_slab_pages(words, True),
-            "nr_slab_unreclaimable": lambda: nr_slab_pages(words, False),
-            "nr_free_highatomic": lambda: int(words[W_FREE_HIGHATOMIC]),
-            "nr_pcp_pages": lambda: nr_pages_listed(words),
-            "pgalloc_normal": lambda: int(words[W_PGALLOC]) + pages_handed_out(words),
-            "pageblock_claimed": lambda: int(words[W_CLAIMED]),
-            "pageblock_stolen": lambda: int(words[W_STOLEN]),
-            "pgfree": lambda: int(words[W_PGFREE]) + pages_given_back(words),
-        }
+        self._live: dict[str, Callable[[], int]] = {}
+        kinds = (node_counts, numa_counts) if len(nodes) > 1 else (node_counts,)
+        for kind in kinds:
+            each = [kind(words) for words in nodes]
+            for name in each[0]:
+                self._live[name] = partial(_total, [counts[name] for counts in each])
 
     def add(self, name: str, nr: int = 1) -> None:
         """Count; a name seen for the first time starts at 0. Gauges go down with nr < 0."""
@@ -105,14 +131,14 @@ class VmStat(Mapping[str, int]):
         return len(self._live) + len(self._counts)
 
 
-def meminfo(words: Words, vmstat: VmStat) -> dict[str, int]:
+def meminfo(nodes: Sequence[Words], vmstat: VmStat) -> dict[str, int]:
     """/proc/meminfo of one arena, in KiB. Dirty and Writeback are 0 until somebody counts them."""
     inactive = vmstat["nr_inactive_file"] * KB_PER_PAGE
     active = vmstat["nr_active_file"] * KB_PER_PAGE
-    reclaimable, unreclaimable = nr_slab_pages(words, True), nr_slab_pages(words, False)
+    reclaimable, unreclaimable = vmstat["nr_slab_reclaimable"], vmstat["nr_slab_unreclaimable"]
     return {
-        "MemTotal": int(words[W_PAGES]) * KB_PER_PAGE,
-        "MemFree": int(words[W_FREE]) * KB_PER_PAGE,
+        "MemTotal": sum(map(spanned, nodes)) * KB_PER_PAGE,
+        "MemFree": vmstat["nr_free_pages"] * KB_PER_PAGE,
         "Cached": inactive + active,
         "Active(file)": active,
         "Inactive(file)": inactive,

@@ -1,7 +1,7 @@
 """Waiting for memory: tasks in FIFO order, each with a name, a time it began, and a reason.
 
 A task that cannot be served takes a ticket (`join`) and keeps it until it is served or gives up
-by cancellation. Tickets with one key (node, kind and size, rights) form a class, in which the
+by cancellation. Tickets with one key (kind and size, rights, nodes) form a class, in which the
 first come is the first served: if one fails, none behind it would succeed. Whatever may have
 changed things calls `serve`, which lets the oldest of each class *attempt* its request, in the
 order of age: the oldest one that fits gets what is there. A ticket may be served while its task
@@ -40,7 +40,7 @@ class Key(NamedTuple):
     kind: str  # "folio" or "slab"
     size: int  # order, or number of the cache
     rights: int
-    node: int = 0
+    placed: int = 0  # on which nodes (alloc/node.py)
 
 
 class Ticket:
@@ -48,7 +48,7 @@ class Ticket:
 
     __slots__ = (
         "attempt", "freed", "gfp", "holds_since", "key", "name", "number", "owner", "parked",
-        "passed", "patience", "reason", "since", "site", "vain", "value", "what",
+        "passed", "patience", "reason", "since", "site", "slept", "vain", "value", "what",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +71,7 @@ class Ticket:
         self.holds_since = 0.0  # when it last began to
         self.patience = PASSES_MAX  # how many of them it lets pass before it holds them
         self.parked = False
+        self.slept = False  # once at least
 
     @property
     def holding(self) -> bool:
@@ -112,13 +113,12 @@ class WaitQueue:
             assert ticket.value == 0
             self._remove(ticket)
 
-    def promote(self, ticket: Ticket, rights: int) -> None:
-        """Change the rights of a ticket; it keeps its place by age."""
+    def promote(self, ticket: Ticket, rights: int, placed: int = 0) -> None:
+        """Change the rights of a ticket and the nodes it may have; it keeps its place by age."""
         assert ticket.value == 0
-        if rights != ticket.key.rights:
-            self._leave_class(ticket)
-            ticket.key = ticket.key._replace(rights=rights)
-            insort(self._classes.setdefault(ticket.key, []), ticket, key=lambda t: t.number)
+        self._leave_class(ticket)
+        ticket.key = ticket.key._replace(rights=rights, placed=placed)
+        insort(self._classes.setdefault(ticket.key, []), ticket, key=lambda t: t.number)
 
     def let_pass(self, ticket: Ticket) -> None:
         """Its task could do nothing for it: hold nobody back until others were served again."""
@@ -131,7 +131,7 @@ class WaitQueue:
         holding = False
         served = 0
         while (ticket := self._next(failed, holding)) is not None:
-            ticket.value = ticket.attempt(ticket.key.rights)
+            ticket.value = ticket.attempt(ticket.key.rights | ticket.key.placed)
             if ticket.value == 0:
                 failed[ticket.key] = ticket
                 holding = holding or ticket.holding

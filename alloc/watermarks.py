@@ -54,6 +54,11 @@ def watermarks(
     return Watermarks(least, least + gap, least + 2 * gap, least + 3 * gap)
 
 
+def share(marks: Watermarks, zone_pages: int, nr_pages: int) -> Watermarks:
+    """The part of the marks of all zones, `nr_pages`, that falls to one of them."""
+    return Watermarks(*(mark * zone_pages // nr_pages for mark in marks))
+
+
 def boost_max(high: int, zone_pages: int, block_pages: int, factor: int = BOOST_FACTOR) -> int:
     """The most that fallbacks may add: high * factor/10000, a pageblock at least; 0 for none."""
     share = high * factor // 10000

@@ -37,6 +37,7 @@ from alloc.freelist import (
 )
 from alloc.jit import helper, kernel
 from alloc.lru import BUDDY_ARGS
+from alloc.node import spanned
 from alloc.page import (
     BUDDY,
     FREE_SHIFT,
@@ -53,12 +54,12 @@ from alloc.page import (
     W_BOOST_MAX,
     W_BUDDY_LOCK,
     W_CLAIMED,
+    W_END,
     W_FREE_HEAD,
     W_FREE_ORDERS,
     W_HIGHATOMIC,
     W_HIGHATOMIC_MAX,
     W_LOWEST,
-    W_PAGES,
     W_STOLEN,
     Buddy,
     Words,
@@ -66,17 +67,17 @@ from alloc.page import (
 from alloc.watermarks import boost_max
 
 BLOCK_ORDER_MAX = 9
-BLOCKS_LEAST = 128  # so that a pageblock is no more than 1 % of the arena
+BLOCKS_LEAST = 128  # so that a pageblock is no more than 1 % of the node
 LOWEST_STEPS = 4096  # of the search for the lowest page, which happens under the lock
 
 
 def block_order(nr_pages: int) -> int:
-    """Order of a pageblock: 9, or less where an arena would have fewer than 128 of them."""
+    """Order of a pageblock: 9, or less where a node would have fewer than 128 of them."""
     return min((nr_pages // BLOCKS_LEAST).bit_length() - 1, BLOCK_ORDER_MAX)
 
 
 def nr_blocks(nr_pages: int) -> int:
-    """Pageblocks of an arena, the last one perhaps not whole."""
+    """Pageblocks of a node, the last one perhaps not whole."""
     return -(-nr_pages >> block_order(nr_pages))
 
 
@@ -87,17 +88,27 @@ def highatomic_max(nr_pages: int) -> int:
     return -(-share // block_pages) * block_pages if share >= block_pages else 0
 
 
-def configure(words: Words, nr_pages: int) -> None:
-    """The sizes that follow from the arena's; all pageblocks are MOVABLE at first."""
-    words[W_BLOCK_ORDER] = block_order(nr_pages)
-    words[W_HIGHATOMIC_MAX] = highatomic_max(nr_pages)
-    words[W_BLOCK_TYPES:] = MOVABLE
+def room_for_blocks(span: int) -> int:
+    """The most pageblocks that a node of at most so many pages can have."""
+    return max(nr_blocks(span), 2 * BLOCKS_LEAST)
+
+
+def block_types(words: Words) -> Words:
+    """The types of a node's pageblocks."""
+    return words[W_BLOCK_TYPES : W_BLOCK_TYPES + nr_blocks(spanned(words))]
+
+
+def configure(words: Words) -> None:
+    """The sizes that follow from a node's; all pageblocks are MOVABLE at first."""
+    words[W_BLOCK_ORDER] = block_order(spanned(words))
+    words[W_HIGHATOMIC_MAX] = highatomic_max(spanned(words))
+    block_types(words)[:] = MOVABLE
 
 
 def limit_boost(words: Words, high: int) -> None:
     """How far fallbacks may lift this `high` mark."""
-    nr_pages, block_pages = int(words[W_PAGES]), 1 << int(words[W_BLOCK_ORDER])
-    words[W_BOOST_MAX] = boost_max(high, nr_pages, block_pages)
+    block_pages = 1 << int(words[W_BLOCK_ORDER])
+    words[W_BOOST_MAX] = boost_max(high, spanned(words), block_pages)
 
 
 @helper
@@ -147,7 +158,7 @@ def _retype(b, start, end, mt):
 @helper
 def _end_of(words, start):
     """Where a pageblock ends, which at the end of the arena need not be whole."""
-    return min(start + (np.int64(1) << words[W_BLOCK_ORDER]), words[W_PAGES])
+    return min(start + (np.int64(1) << words[W_BLOCK_ORDER]), words[W_END])
 
 
 @helper
@@ -188,12 +199,12 @@ def _lowest(b):
     words = b.words
     pfn = words[W_LOWEST]
     for _ in range(LOWEST_STEPS):
-        if pfn >= words[W_PAGES] or b.flags[pfn] & BUDDY != 0:
+        if pfn >= words[W_END] or b.flags[pfn] & BUDDY != 0:
             break
         # a block in the hands of `take` or `give_back` may have no flags yet: go by pages
         pfn += 1 << np.int64(b.order[pfn]) if b.flags[pfn] & HEAD != 0 else 1
     words[W_LOWEST] = pfn
-    if pfn >= words[W_PAGES] or b.flags[pfn] & BUDDY == 0:
+    if pfn >= words[W_END] or b.flags[pfn] & BUDDY == 0:
         return np.int64(0)
     return pfn if block_type(words, pfn) != HIGHATOMIC else np.int64(0)
 

@@ -1,6 +1,6 @@
 """What lies where, in the formats of /proc: buddyinfo, pagetypeinfo, zoneinfo; and fragmentation.
 
-One arena is node 0 with one zone, Normal. Counts are read without the buddy lock: a report is a
+Each node has one zone, Normal. Counts are read without the buddy lock: a report is a
 snapshot of moving numbers. The fragmentation index says why a block of an order can not be had:
 towards 0 memory is short, towards 1000 it is in pieces; it is in thousandths, and -1000 if a block
 is there. The unusable index is the part of free memory that is in smaller pieces. All of them are
@@ -11,32 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alloc.node import spanned
 from alloc.page import (
     FREE_SHIFT,
     ORDERS,
     TYPES,
     W_BLOCK_ORDER,
-    W_BLOCK_TYPES,
     W_BOOST,
     W_FREE,
     W_HIGH,
     W_LOW,
     W_MIN,
+    W_NODE,
     W_NR_FREE,
-    W_PAGES,
     W_PCP_BATCH,
     W_PROMO,
+    W_START,
     Words,
 )
 from alloc.rows import pages_in_rows
-from alloc.vmstat import VmStat
+from alloc.vmstat import VmStat, node_counts, numa_counts
 from alloc.watermarks import RESERVE_RATIO_NORMAL, lowmem_reserve
+from alloc.zone import block_types
 
 TYPE_NAMES = ("Unmovable", "Movable", "Reclaimable", "HighAtomic")
-NODE_ZONE = f"Node {0:d}, zone {'Normal':>8}"
-NODE_STATS = ("nr_inactive_file", "nr_active_file", "nr_dirty", "nr_writeback")
+NODE_STATS = ("nr_inactive_file", "nr_active_file")
+ALL_STATS = ("nr_dirty", "nr_writeback")  # not known by node: node 0 shows all
 ZONE_STATS = ("nr_free_pages", "nr_slab_reclaimable", "nr_slab_unreclaimable")
 WOULD_SUCCEED = -1000
+
+
+def _zone(words: Words, width: int = 0) -> str:
+    return f"Node {int(words[W_NODE]):{width}d}, zone {'Normal':>8}"
 
 
 def free_blocks(words: Words, mt: int) -> list[int]:
@@ -73,39 +79,51 @@ def unusable_index(blocks: Sequence[int], order: int) -> int:
     return (pages - usable) * 1000 // pages if pages else 1000
 
 
-def buddyinfo(words: Words) -> str:
-    """/proc/buddyinfo of one arena: free blocks of each order, one line."""
-    return NODE_ZONE + " " + " ".join(f"{count:6d}" for count in all_free_blocks(words))
-
-
-def extfrag(words: Words) -> str:
-    """Both indices by order, as debugfs prints extfrag_index and unusable_index."""
-    blocks = all_free_blocks(words)
-    lines = (
-        " ".join(f"{index(blocks, order) / 1000:.3f}" for order in range(ORDERS))
-        for index in (fragmentation_index, unusable_index)
+def buddyinfo(nodes: Sequence[Words]) -> str:
+    """/proc/buddyinfo of one arena: free blocks of each order, a line for each node."""
+    return "\n".join(
+        _zone(words) + " " + " ".join(f"{count:6d}" for count in all_free_blocks(words))
+        for words in nodes
     )
-    return "".join(f"{NODE_ZONE} {line}\n" for line in lines)
 
 
-def pagetypeinfo(words: Words) -> str:
+def extfrag(nodes: Sequence[Words]) -> str:
+    """Both indices by order, as debugfs prints extfrag_index and unusable_index."""
+    out = ""
+    for index in (fragmentation_index, unusable_index):
+        for words in nodes:
+            blocks = all_free_blocks(words)
+            line = " ".join(f"{index(blocks, order) / 1000:.3f}" for order in range(ORDERS))
+            out += f"{_zone(words)} {line}\n"
+    return out
+
+
+def pagetypeinfo(nodes: Sequence[Words]) -> str:
     """/proc/pagetypeinfo of one arena: free blocks by type and order, pageblocks by type."""
-    order = int(words[W_BLOCK_ORDER])
-    types = words[W_BLOCK_TYPES:].tolist()
+    order = int(nodes[0][W_BLOCK_ORDER])
     out = f"Page block order: {order}\nPages per block:  {1 << order}\n\n"
     out += f"{'Free pages count per migrate type at order':<43} "
     out += "".join(f"{o:6d} " for o in range(ORDERS)) + "\n"
-    for mt, name in enumerate(TYPE_NAMES):
-        counts = "".join(f"{count:6d} " for count in free_blocks(words, mt))
-        out += f"Node {0:4d}, zone {'Normal':>8}, type {name:>12} {counts}\n"
+    for words in nodes:
+        for mt, name in enumerate(TYPE_NAMES):
+            counts = "".join(f"{count:6d} " for count in free_blocks(words, mt))
+            out += f"{_zone(words, 4)}, type {name:>12} {counts}\n"
     out += f"\n{'Number of blocks type':<23}" + "".join(f"{name:>12} " for name in TYPE_NAMES)
-    counts = "".join(f"{types.count(mt):12d} " for mt in range(TYPES))
-    return out + f"\n{NODE_ZONE} {counts}\n"
+    for words in nodes:
+        types = block_types(words).tolist()
+        counts = "".join(f"{types.count(mt):12d} " for mt in range(TYPES))
+        out += f"\n{_zone(words)} {counts}"
+    return out + "\n"
 
 
-def zoneinfo(words: Words, vmstat: VmStat) -> str:
+def zoneinfo(nodes: Sequence[Words], vmstat: VmStat) -> str:
     """/proc/zoneinfo of one arena: marks, sizes and counts in pages, and the rows as pagesets."""
-    pages = int(words[W_PAGES])
+    return "".join(_zoneinfo(words, vmstat, len(nodes) > 1) for words in nodes)
+
+
+def _zoneinfo(words: Words, vmstat: VmStat, several: bool) -> str:
+    pages, first = spanned(words), max(int(words[W_START]), 1)  # page 0 is never handed out
+    managed = pages - first + int(words[W_START])
     rows = {
         "boost": int(words[W_BOOST]),
         "min": int(words[W_MIN]),
@@ -114,17 +132,24 @@ def zoneinfo(words: Words, vmstat: VmStat) -> str:
         "promo": int(words[W_PROMO]),
         "spanned": pages,
         "present": pages,
-        "managed": pages - 1,  # page 0 is never handed out
+        "managed": managed,
     }
-    ((reserve,),) = lowmem_reserve([pages - 1], [RESERVE_RATIO_NORMAL])
-    out = f"{NODE_ZONE}\n  per-node stats\n"
-    out += "".join(f"      {name:<12} {vmstat.get(name, 0)}\n" for name in NODE_STATS)
+    counts = {name: read() for name, read in node_counts(words).items()}
+    stats = {name: counts[name] for name in NODE_STATS}
+    if not int(words[W_NODE]):
+        stats |= {name: vmstat.get(name, 0) for name in ALL_STATS}
+    zone = {name: counts[name] for name in ZONE_STATS}
+    if several:
+        zone |= {name: read() for name, read in numa_counts(words).items()}
+    ((reserve,),) = lowmem_reserve([managed], [RESERVE_RATIO_NORMAL])
+    out = f"{_zone(words)}\n  per-node stats\n"
+    out += "".join(f"      {name:<12} {count}\n" for name, count in stats.items())
     out += f"  pages free     {int(words[W_FREE])}\n"
     out += "".join(f"        {name:<8} {count}\n" for name, count in rows.items())
     out += f"        protection: ({reserve})\n"
-    out += "".join(f"      {name:<12} {vmstat[name]}\n" for name in ZONE_STATS)
+    out += "".join(f"      {name:<12} {count}\n" for name, count in zone.items())
     out += "  pagesets\n"
     for row, (count, high) in enumerate(pages_in_rows(words)):
         out += f"    cpu: {row}\n              count: {count}\n              high:  {high}\n"
         out += f"              batch: {int(words[W_PCP_BATCH])}\n"
-    return out + "  node_unreclaimable:  0\n  start_pfn:           1\n"
+    return out + f"  node_unreclaimable:  0\n  start_pfn:           {first}\n"

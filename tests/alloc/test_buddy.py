@@ -25,7 +25,6 @@ from alloc.page import (
     TAIL,
     TYPES,
     UNMOVABLE,
-    W_BLOCK_TYPES,
     W_BOOST,
     W_BOOST_MAX,
     W_CLAIMED,
@@ -145,7 +144,7 @@ class BuddyMachine(RuleBasedStateMachine):
     def same_lists(self) -> None:
         model, words = self.model, self.arena.words
         assert lists(self.arena) == {key: pfns for key, pfns in model.lists.items() if pfns}
-        assert words[W_BLOCK_TYPES:].tolist() == model.types
+        assert zone.block_types(words).tolist() == model.types
         assert words[W_FREE] == model.free_pages
         assert words[[W_BOOST, W_HIGHATOMIC]].tolist() == [model.boost, model.reserved]
         assert words[[W_CLAIMED, W_STOLEN]].tolist() == [model.claimed, model.stolen]
