@@ -23,7 +23,7 @@ import numpy as np
 import trio
 from numpy.typing import DTypeLike, NDArray
 
-from alloc import buddy, check, lockdep, magazine, mempolicy, pcp, rows, slab, zone
+from alloc import buddy, check, hostnodes, lockdep, magazine, mempolicy, pcp, rows, slab, zone
 from alloc.compaction import Compaction
 from alloc.gfp import (
     COSTLY_ORDER,
@@ -60,6 +60,8 @@ from alloc.page import (
     W_PROMO,
     W_SLAB,
     W_SPAN,
+    W_START,
+    W_WEIGHT,
     Buddy,
     Slabs,
     make_pages,
@@ -116,6 +118,9 @@ class Arena:
         self.nodes = divide(self.words, self.nr_pages, nodes)
         self._several = nodes.nr_nodes > 1
         self._turn = 0  # requests that the mount's policy has placed without an offset
+        borders = [(int(words[W_START]), spanned(words)) for words in self.nodes]
+        spans = [(first << PAGE_SHIFT, pages << PAGE_SHIFT) for first, pages in borders]
+        hostnodes.place(self.mem.ctypes.data, spans)
         self._rows = 1  # the trio thread's, and one for each lane
         for words in self.nodes:
             zone.configure(words)
@@ -310,6 +315,10 @@ class Arena:
         """How many pages in a row each node gets by the policy `weighted`; 1 to 255."""
         mempolicy.set_weights(self.nodes, weights)
 
+    @property
+    def weights(self) -> list[int]:
+        return [int(words[W_WEIGHT]) for words in self.nodes]
+
     def node_of(self, pfn: int) -> int:
         """The node that a page lies in."""
         return pfn // int(self.words[W_SPAN])
@@ -323,7 +332,6 @@ class Arena:
         elif offset < 0:
             offset = self._turn
             self._turn += 1
-        policy = policy or int(self.words[W_MEMPOLICY])
         return placement(self.words, policy, offset, mempolicy.current_home())
 
     # ---------------------------------------------------------------- rows

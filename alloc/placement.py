@@ -17,12 +17,13 @@ from alloc.mempolicy import (
     INTERLEAVE,
     MODE_MASK,
     NODES_SHIFT,
+    NONE,
     PREFER,
     PREFER_MANY,
     WEIGHTED,
 )
 from alloc.node import BOUND_SHIFT, HOME_SHIFT, INTERLEAVED, NODE_SHIFT, PLACED, SOFT, nth_node
-from alloc.page import W_NODES, W_STRIDE, W_WEIGHT
+from alloc.page import W_MEMPOLICY, W_NODES, W_STRIDE, W_WEIGHT
 
 
 @helper
@@ -70,12 +71,14 @@ def _weighted(words, nodes, offset):
 
 @helper
 def place(words, number, offset, home):
-    """The bits above the migratetype for a request by a policy; `offset`: pages before it.
+    """The bits above the migratetype for a request by a policy, or by the mount's if it is NONE.
 
-    0 where there is one node.
+    `offset`: pages before it. 0 where there is one node.
     """
     if words[W_NODES] == 1:
         return np.int64(0)
+    if number == NONE:
+        number = words[W_MEMPOLICY]
     mode = number & MODE_MASK
     nodes = number >> NODES_SHIFT
     bits = PLACED | home << HOME_SHIFT

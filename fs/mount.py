@@ -22,6 +22,8 @@ import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from alloc.page import PAGE_SIZE
+from alloc.topology import span_pages
 from fs import daemon, imagelock, mounts, runfile, screen, tuning
 from fs.errors import UserError
 from fs.front import options as grammar
@@ -57,6 +59,7 @@ def check(options: MountOptions) -> MountOptions:
     if options.lanes < 0:
         options = replace(options, lanes=tuning.lanes())
     _check_max_write(options)
+    _check_nodes(options)
     options = _with_transport(options)
     _check_fuse(options)
     if options.is_scratch:
@@ -74,6 +77,15 @@ def check(options: MountOptions) -> MountOptions:
     if not options.fsname and source == options.image:
         source = image
     return replace(options, image=image, source=source)
+
+
+def _check_nodes(options: MountOptions) -> None:
+    """The nodes, what they have of memory, and the policy that names them."""
+    try:
+        span_pages(options.memory_bytes // PAGE_SIZE, options.topology.nr_nodes)
+        _ = options.mempolicy
+    except ValueError as error:
+        raise UserError(str(error), grammar.EXIT_USAGE) from error
 
 
 def _check_max_write(options: MountOptions) -> None:

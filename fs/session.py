@@ -98,6 +98,7 @@ class Session:
             async with Volume.open(
                 self._device,
                 options.memory_bytes,
+                options.topology,
                 read_only=options.read_only,
                 log=self._log,
                 paranoid=options.paranoid,
@@ -124,6 +125,7 @@ class Session:
             await self._lanes.start()
         # From the first request on: a mount that comes up by chance would be no use.
         vol.arena.set_policy(policy.parse(self.options.policy))
+        vol.arena.set_mempolicy(self.options.mempolicy)
         try:
             with self._fuse(ops) as session_fd:
                 async with trio.open_nursery() as nursery:

@@ -23,6 +23,7 @@ import trio
 
 from alloc import gfp, lockdep
 from alloc.arena import Arena
+from alloc.topology import ONE, Topology
 from fs import enomem, namespace
 from fs.cache import resident
 from fs.cache.buf import BufCache
@@ -76,6 +77,7 @@ class Volume:
         device: Device,
         geo: Geometry,
         memory_bytes: int,
+        nodes: Topology,
         *,
         read_only: bool,
         log: logging.Logger,
@@ -88,7 +90,7 @@ class Volume:
         self.shut_down = False
         self.shutdown_reason = ""
         self.on_shutdown: Callable[[], None] = lambda: None  # lanes hear of it so
-        self.arena = Arena(memory_bytes)
+        self.arena = Arena(memory_bytes, nodes=nodes)
         self.failures = enomem.Failures()
         self.ags = ag.Summary(geo)
         self.space = Space(lambda: self.ags.unavailable)
@@ -120,6 +122,7 @@ class Volume:
     async def open(
         device: Device,
         memory_bytes: int = 256 << 20,
+        nodes: Topology = ONE,
         *,
         read_only: bool = False,
         log: logging.Logger = default_log,
@@ -135,6 +138,7 @@ class Volume:
             device,
             geo,
             memory_bytes,
+            nodes,
             read_only=read_only or device.read_only,
             log=log,
             paranoid=paranoid,

@@ -31,7 +31,9 @@ from alloc.atomic import load_acquire, store_release
 from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper, kernel
 from alloc.magazine import object_alloc
+from alloc.mempolicy import NONE
 from alloc.page import Slabs
+from alloc.placement import place
 from alloc.rows import TRIO
 from alloc.shrinker import SHRINK_STOP
 from fs.cache.lock import Mutex
@@ -206,7 +208,7 @@ def remember(mem, t, head, buckets, slabs, cache, parent, gen, name, ino, ftype)
         store_release(t["ino"], h, ino)
         t["ftype"][h] = ftype
         return
-    h = object_alloc(slabs, mem, cache, RIGHTS_LOW, TRIO)
+    h = object_alloc(slabs, mem, cache, RIGHTS_LOW | place(slabs.words, NONE, 0, 0), TRIO)
     if h != WOULD_BLOCK:
         _insert(mem, t, head, buckets, abs(h), parent, gen, name, ino, ftype)
 

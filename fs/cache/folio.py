@@ -174,7 +174,7 @@ class PageCache:
             order = self._fitting(handle, index, order)
             if order < 0:
                 return self.find(handle, index), False
-            pfn, order = await self._new_folio(order)
+            pfn, order = await self._new_folio(handle, index, order)
             try:
                 if await self._attach(handle, index, order, pfn, bits):
                     return pfn, True
@@ -194,7 +194,8 @@ class PageCache:
                 return 0
             self._give_node(node)
         # Readahead: a window that ends early costs nothing but a later read.
-        pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE)
+        place = self._place(handle, index, order)
+        pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE, *place)
         if pfn is None:
             return 0
         if self._insert(handle, index, order, pfn, bits) < 0:
@@ -213,15 +214,29 @@ class PageCache:
             order -= 1
         return max(order, self.order_min)
 
-    async def _new_folio(self, order: int) -> tuple[int, int]:
+    def set_mempolicy(self, handle: int, number: int) -> None:
+        """Where new folios of a file lie from now on: a policy of alloc/mempolicy.py, or NONE."""
+        self.columns["mempolicy"][handle] = number
+
+    def _place(self, handle: int, index: int, order: int) -> tuple[int, int]:
+        """The mapping's memory policy, and the offset of a folio by which it interleaves.
+
+        The same as lanes have it. The handle makes files begin on different nodes.
+        """
+        return int(self.columns["mempolicy"][handle]), handle + (index >> order)
+
+    async def _new_folio(self, handle: int, index: int, order: int) -> tuple[int, int]:
         """A folio of at most `order`, and its order."""
         while order > self.order_min:
             # A smaller folio does as well, so a large one is worth one light round of reclaim.
-            pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE)
+            place = self._place(handle, index, order)
+            pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE, *place)
             if pfn is not None:
                 return pfn, order
             order -= 1
-        return await self.arena.alloc_folio(self.order_min, gfp.MOVABLE), self.order_min
+        order = self.order_min
+        place = self._place(handle, index, order)
+        return await self.arena.alloc_folio(order, gfp.MOVABLE, *place), order
 
     async def _attach(self, handle: int, index: int, order: int, pfn: int, bits: int) -> bool:
         """Put a new folio in; False if its place is taken by now."""

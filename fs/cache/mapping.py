@@ -30,11 +30,12 @@ SPACE = np.dtype(
         ("ra_start", "<u8"),  # first page of the last window
         ("ra_pages", "<u4"),  # its length
         ("map_seq", "<u4"),  # goes up with every change of the extent map
+        ("mempolicy", "<u4"),  # where its folios lie (alloc/mempolicy.py); 0: as the mount says
     ]
 )
 MAPPING = np.dtype(
     [(name, d[name]) for d in (ROOT, STATE, SPACE) for name in (d.names or ())]
-    + [("pad", "u1", (8,))]
+    + [("pad", "u1", (4,))]
 )
 assert MAPPING.itemsize == 96
 
@@ -51,6 +52,7 @@ W_FLAGS = _word("flags")
 W_DELALLOC = _word("delalloc")
 W_PENDING = _word("pending")
 W_INDIRECT = _word("indirect")
+W_POLICY = _word("mempolicy")
 
 
 @kernel("i8(u4[::1], i8, i8, i8)")

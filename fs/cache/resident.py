@@ -25,7 +25,9 @@ import numpy as np
 from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper
 from alloc.magazine import object_alloc, object_free
+from alloc.mempolicy import NONE
 from alloc.page import Slabs
+from alloc.placement import place
 from alloc.rows import TRIO
 from fs.cache import dentry
 from fs.cache import inodetable as table
@@ -227,10 +229,11 @@ def new_inode(r, ino, gen):
         hold_inode(r, i)
         table.renew(r.inodes, r.inode_head, r.mem, i, r.shape[G_INODE_LOG])
         return i
-    image = object_alloc(r.slabs, r.mem, r.shape[G_IMAGES], RIGHTS_LOW, TRIO)
+    where = place(r.slabs.words, NONE, 0, 0)
+    image = object_alloc(r.slabs, r.mem, r.shape[G_IMAGES], RIGHTS_LOW | where, TRIO)
     if image == WOULD_BLOCK:
         return np.int64(0)
-    i = object_alloc(r.slabs, r.mem, r.shape[G_RECORDS], RIGHTS_LOW, TRIO)
+    i = object_alloc(r.slabs, r.mem, r.shape[G_RECORDS], RIGHTS_LOW | where, TRIO)
     if i == WOULD_BLOCK:
         object_free(r.slabs, r.shape[G_IMAGES], abs(image), TRIO)
         return np.int64(0)

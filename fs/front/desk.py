@@ -21,6 +21,7 @@ import time
 import numpy as np
 import trio
 
+from alloc.mempolicy import at_home
 from fs.front import lanestate as S
 from fs.front import opcodes, opnames, ring, wire
 from fs.front.guard import error_of
@@ -199,7 +200,8 @@ class Desk:
     async def _finish(self, slot: int) -> None:
         """Finish one parked request and give its buffers back."""
         try:
-            await opcodes.answer(self._front, slot)
+            with at_home(int(self._front.slots[slot, S.S_NODE])):
+                await opcodes.answer(self._front, slot)
         finally:
             self._finished(slot)
 

@@ -55,6 +55,7 @@ from fs.front.lanestate import (
     M_ENTRY,
     M_FD,
     M_HEAD,
+    M_HOME,
     M_LEFT,
     M_LEN,
     M_LOCKED,
@@ -73,6 +74,7 @@ from fs.front.lanestate import (
     S_FD,
     S_LEN,
     S_LOCKED,
+    S_NODE,
     S_PAYLOAD,
     S_TIME,
     SLOT_BYTES,
@@ -302,6 +304,7 @@ def _park(l, op):
     l.slots[slot, S_TIME] = l.me[M_TIME]
     l.slots[slot, S_FD] = l.me[M_FD]
     l.slots[slot, S_ENTRY] = l.me[M_ENTRY]
+    l.slots[slot, S_NODE] = l.me[M_HOME]
     l.me[M_SLOT] = -1
     l.reasons[op, l.me[M_REASON]] += 1
     _post(l, K_PARKED, slot, op, 0)

@@ -20,7 +20,9 @@ from alloc.buddy import RIGHTS_LOW, WOULD_BLOCK
 from alloc.jit import helper
 from alloc.libc import memset
 from alloc.magazine import object_alloc
+from alloc.mempolicy import NONE
 from alloc.page import Slabs
+from alloc.placement import place
 from fs.buffered import HOLE, OWN, UNWRITTEN
 from fs.cache.blocks import (
     CLAIMED,
@@ -45,6 +47,7 @@ from fs.front.lanestate import (
     G_TREE_LEVELS,
     G_TREE_RECORDS_MIN,
     M_BELLS,
+    M_HOME,
     M_NR_NODES,
     M_ROW,
     R_LOCK,
@@ -62,10 +65,10 @@ READY = 0  # no reason to stop: R_OPCODE is no reason of a WRITE
 
 
 @helper
-def take_pages(l, order, least):
+def take_pages(l, handle, index, order, least):
     """A folio of at most `order` and at least `least`, without touching what kswapd wants; or 0."""
     while order >= least:
-        pfn = take_folio(l, order)
+        pfn = take_folio(l, handle, index, order)
         if pfn != WOULD_BLOCK:
             return abs(pfn)
         order -= 1
@@ -80,8 +83,10 @@ def have_nodes(l):
         l.words, l.flags, l.order, l.refs, l.lru_next, l.lru_prev, l.mapping, l.free_low,
         l.free_high,
     )  # fmt: skip
+    where = place(l.words, NONE, 0, l.me[M_HOME])
     while l.me[M_NR_NODES] < PATH_NODES:
-        node = abs(object_alloc(slabs, l.mem, l.geo[G_NODE_SLAB], RIGHTS_LOW, l.me[M_ROW]))
+        kind = l.geo[G_NODE_SLAB]
+        node = abs(object_alloc(slabs, l.mem, kind, RIGHTS_LOW | where, l.me[M_ROW]))
         if node == WOULD_BLOCK:
             l.me[M_BELLS] |= B_KSWAPD
             return False

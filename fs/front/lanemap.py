@@ -22,19 +22,22 @@ from alloc.jit import helper
 from alloc.lru import lru_touch
 from alloc.page import ACTIVE, LRU, REFERENCED, Buddy
 from alloc.pcp import put, take
+from alloc.placement import place
 from fs.buffered import HOLE, OWN, UNWRITTEN
 from fs.cache.incore import (
     I4_FORKOFF_FORMAT,
     I4_ILOCK,
     I4_IMAGE,
     I4_IOLOCK,
+    I4_MAPPING,
     I8_FLAGS2,
     I8_NEXTENTS,
     INODE_LONGS,
     INODE_WORDS,
 )
 from fs.cache.lock import SPINS, WAITED, try_lock, unlock
-from fs.front.lanestate import B_LOCKS, B_MEMORY, G_INODE_LOG, M_BELLS, M_ROW
+from fs.cache.mapping import W_POLICY
+from fs.front.lanestate import B_LOCKS, B_MEMORY, G_INODE_LOG, M_BELLS, M_HOME, M_ROW
 from fs.xfs import layout as L
 from fs.xfs.extents import lookup
 
@@ -107,9 +110,11 @@ def _buddy(l):
 
 
 @helper
-def take_folio(l, order):
-    """A folio without touching what kswapd wants left, as `alloc.pcp.take` gives it."""
-    return take(_buddy(l), l.me[M_ROW], order, RIGHTS_LOW | RIGHTS_MOVABLE)
+def take_folio(l, handle, index, order):
+    """A folio for a file without touching what kswapd wants left, as `alloc.pcp.take` gives it."""
+    number = np.int64(l.m4[handle * INODE_WORDS + I4_MAPPING + W_POLICY])
+    where = place(l.words, number, handle + (index >> order), l.me[M_HOME])
+    return take(_buddy(l), l.me[M_ROW], order, RIGHTS_LOW | RIGHTS_MOVABLE | where)
 
 
 @helper

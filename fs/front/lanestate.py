@@ -64,7 +64,8 @@ S_LOCKED = 4  # 1: the lane left the inode's IOLOCK held (WRITE: exclusive, READ
 S_TIME = 5  # CLOCK_MONOTONIC ns when the lane read it
 S_FD = 6  # where its reply goes: /dev/fuse, or the relay of the queue that it came from
 S_ENTRY = 7  # the queue entry that it came from, which owns the payload folio, or -1
-S_WORDS = 8
+S_NODE = 8  # the home of the lane that read it
+S_WORDS = 9
 SLOT_BYTES = 8192
 
 # me: words of one lane, its own
@@ -91,7 +92,8 @@ M_ENTRY = 20  # the queue entry of the present request, or -1
 M_TURNS = 21  # requests read
 M_BUSY = 22  # M_TIME when M_TURNS was last a multiple of BUSY_TURNS
 M_ROW = 23  # the row of free pages and objects (alloc/rows.py) that it uses
-M_WORDS = 24
+M_HOME = 24  # the node that it is at home on
+M_WORDS = 25
 
 # uring: words of one lane's io_uring; "at" is a byte address in the arena (fs/front/lanequeue.py)
 U_FD = 0

@@ -218,7 +218,7 @@ def _copy_step(l, handle, at, end, source):
             order = fitting(l, root, at, end - at)
             spin_unlock(l.m4, root + R_LOCK)
             if have_nodes(l):
-                spare = take_pages(l, order, l.geo[G_ORDER_MIN])
+                spare = take_pages(l, handle, at >> 12, order, l.geo[G_ORDER_MIN])
             spin_lock(l.m4, root + R_LOCK)
             if spare == 0:
                 reason = R_MEMORY
@@ -259,7 +259,7 @@ def _adopt(l, handle, pos, end):
     spin_lock(l.m4, root + R_LOCK)
     free = next_entry(l.m4, l.m8, l.order, root, pos >> 12, (end - 1) >> 12, ANY) == 0
     if free and _bar(l, root, pos, end) == READY:
-        other = abs(take_folio(l, order))
+        other = abs(take_folio(l, handle, pos >> 12, order))
     if other != WOULD_BLOCK:
         _dress(l, handle, folio, pos)
         if claim(l, handle, folio, pos, end) == READY:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from alloc import policy
+from alloc import mempolicy, policy, topology
+from alloc.topology import Topology
 from fs.errors import UserError
 
 EXIT_USAGE = 1
@@ -52,6 +53,9 @@ class MountOptions:
     mkfs: str = ""
     memory_bytes: int = MEMORY_DEFAULT
     policy: str = "irix"  # the allocator's rule, as alloc.policy.parse reads it
+    numa: str = "1"  # nodes that memory is divided into
+    distance: str = ""  # of each from each, as alloc.topology.parse reads it; empty: 10 and 20
+    mpol: str = ""  # the memory policy, as alloc.mempolicy.parse reads it; empty: none
     read_only: bool = False
     remount: bool = False
     atime: str = "relatime"
@@ -82,6 +86,16 @@ class MountOptions:
     max_background: int = 64
     read_ahead_kb: int = 1024
     procdir: str = ".nofail"  # name of the directory of reports at the root; empty: none
+
+    @property
+    def topology(self) -> Topology:
+        """The nodes. Raises ValueError for words that make none."""
+        return topology.parse(self.numa, self.distance)
+
+    @property
+    def mempolicy(self) -> int:
+        """The memory policy's number. Raises ValueError for words that make none."""
+        return mempolicy.parse(self.mpol, self.topology.nr_nodes) if self.mpol else mempolicy.NONE
 
     @property
     def is_scratch(self) -> bool:
@@ -238,6 +252,9 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "mkfs": ("mkfs", str),
     "memory": ("memory_bytes", _memory),
     "policy": ("policy", _policy),
+    "numa": ("numa", str),
+    "distance": ("distance", str),
+    "mpol": ("mpol", str),
     "cache": ("cache", _cache),
     "fsname": ("fsname", str),
     "subtype": ("subtype", str),

@@ -87,6 +87,7 @@ class Front:
             me = self.lanes[number].me
             me[S.M_NUMBER] = self.vol.arena.rcu.register()
             me[S.M_ROW] = 1 + number if number < self.nr_lanes else TRIO
+            me[S.M_HOME] = number % len(self.vol.arena.nodes) if number < self.nr_lanes else 0
         self.vol.arena.rcu.serves = self.serves
 
     async def _new_folio(self, order: int) -> int:

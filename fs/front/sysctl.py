@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from alloc.gfp import KERNEL
+from alloc.mempolicy import WEIGHT_MOST
 from alloc.shrinker import ShrinkerState
 from alloc.watermarks import SCALE_FACTOR_MOST
 
@@ -67,7 +68,7 @@ async def write(tunable: Tunable, data: bytes) -> None:
 
 def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
-    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu)
+    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu, _weights)
     return {path: tunable for part in parts for path, tunable in part(vol).items()}
 
 
@@ -88,6 +89,20 @@ def _marks(vol: Volume) -> dict[str, Tunable]:
             lambda: arena.watermark_scale_factor, set_scale, 1, SCALE_FACTOR_MOST
         ),
     }
+
+
+def _weights(vol: Volume) -> dict[str, Tunable]:
+    """Where there are several nodes: how many pages in a row each gets by the policy `weighted`."""
+    arena = vol.arena
+
+    def tunable(node: int) -> Tunable:
+        def change(weight: int) -> None:
+            arena.set_weights([*arena.weights[:node], weight, *arena.weights[node + 1 :]])
+
+        return Tunable(lambda: arena.weights[node], change, 1, WEIGHT_MOST)
+
+    nodes = range(len(arena.nodes)) if len(arena.nodes) > 1 else ()
+    return {f"vm/weighted_interleave/node{node}": tunable(node) for node in nodes}
 
 
 def _dirty(vol: Volume) -> dict[str, Tunable]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from alloc.topology import ONE, Topology
 from fs import namespace
 from fs.cache.inode import Inode
 from fs.device.base import Views
@@ -64,12 +65,16 @@ class SlowImage(ImageFile):
 
 @asynccontextmanager
 async def opened(
-    path: Path, memory: int = 16 << 20, seed: int = 0, pause_s: float = 0.0
+    path: Path,
+    memory: int = 16 << 20,
+    seed: int = 0,
+    pause_s: float = 0.0,
+    nodes: Topology = ONE,
 ) -> AsyncIterator[Volume]:
     """A volume on a slow device; it must not have shut down."""
     device = SlowImage(path, seed, pause_s)
     try:
-        async with Volume.open(device, memory, paranoid=True) as vol:
+        async with Volume.open(device, memory, nodes, paranoid=True) as vol:
             yield vol
         assert not vol.shut_down
         assert vol.space.delalloc == 0
