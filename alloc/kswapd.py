@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import trio
@@ -128,13 +127,16 @@ class Kswapd:
         self._vmstat.add("kswapd_high_wmark_hit_quickly")
         return True
 
-    def _balanced(self, boosts: Sequence[int] = ()) -> bool:
-        return self._short(boosts) <= 0 and not self._waiting()
+    def _balanced(self, boost: int = 0) -> bool:
+        return self._short(boost) <= 0 and not self._waiting()
 
-    def _short(self, boosts: Sequence[int] = ()) -> int:
-        """Pages that nodes lack to `high`, and to what a boost adds."""
-        lacks = [int(words[W_HIGH] - words[W_FREE]) for words in self._nodes]
-        return sum(max(lack + more, 0) for lack, more in zip_longest(lacks, boosts, fillvalue=0))
+    def _short(self, boost: int = 0) -> int:
+        """Pages that are missing to `high`, and to what a boost adds; of all nodes together.
+
+        Nothing is short while others have memory for what falls over from a full node: one that is
+        full of what can not be reclaimed must not cost the rest its cache.
+        """
+        return sum(int(words[W_HIGH] - words[W_FREE]) for words in self._nodes) + boost
 
     async def _balance(self) -> bool:
         """One run; whether it reached its aim.
@@ -147,13 +149,13 @@ class Kswapd:
         reclaim = self._reclaim
         enough = max(sum(int(words[W_HIGH]) for words in self._nodes), SWAP_CLUSTER_MAX)
         priority, total = PRIORITY_FIRST, 0
-        boosts = [int(take_boost(words)) for words in self._nodes]
-        while not self._balanced(boosts):
-            target = max(self._short(boosts), SWAP_CLUSTER_MAX)
+        boost = sum(int(take_boost(words)) for words in self._nodes)
+        while not self._balanced(boost):
+            target = max(self._short(boost), SWAP_CLUSTER_MAX)
             freed = reclaim.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
             total += freed
             self._note_pass()
-            if self._balanced(boosts) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
+            if self._balanced(boost) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
                 break
             if reclaim.throttle.stat.immediate:
                 await reclaim.throttle.wait(WRITEBACK)

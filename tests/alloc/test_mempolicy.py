@@ -14,6 +14,7 @@ from alloc.gfp import KERNEL, NOWAIT
 from alloc.mempolicy import NONE, applied, at_home, describe, parse
 from alloc.page import W_FREE, W_MIN
 from alloc.topology import topology
+from tests.alloc.caches import FolioCache
 
 MIB = 1 << 20
 LINE = topology(4, [10, 15, 40, 50, 15, 10, 15, 40, 40, 15, 10, 15, 50, 40, 15, 10])
@@ -203,3 +204,25 @@ def test_twins() -> None:
             assert node_of(arena, plain, k) == nodes[k % len(nodes)]
             assert node_of(arena, heavy, k) == turns[k % len(turns)]
     arena.close()
+
+
+async def test_a_node_that_is_pinned_does_not_cost_the_others_their_cache(
+    arena: Arena, autojump_clock: trio.testing.MockClock
+) -> None:
+    cache = FolioCache(arena)
+    for k in range(1500):
+        pfn = arena.try_alloc_folio(0, NOWAIT, parse("bind:0", 4), k)
+        assert pfn is not None
+        cache.insert(pfn, dirty=False)
+    held = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(arena.kswapd)
+        while pfn := arena.try_alloc_folio(0, NOWAIT, parse("bind:2", 4)):
+            held.append(pfn)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(cache.folios) == 1500
+        assert arena.vmstat["pageoutrun"] > 0
+        nursery.cancel_scope.cancel()
+    for pfn in held:
+        arena.put_folio(pfn)
+    cache.drop()
