@@ -12,7 +12,10 @@ import pytest
 from alloc import buddy, lru, magazine, pcp
 from alloc.arena import Arena
 from alloc.jit import DISABLED, probe
-from alloc.page import W_FREE, Buddy, Slabs
+from alloc.mempolicy import NONE, parse
+from alloc.page import W_NODES, Buddy, Slabs
+from alloc.placement import place
+from alloc.topology import topology
 
 pytestmark = pytest.mark.skipif(DISABLED, reason="needs threads without the GIL")
 
@@ -31,7 +34,9 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, row, se
         random = np.int64(state >> np.uint64(33))
         k = random % KEEP
         if held[k] == 0:
-            pfn = abs(pcp.take(b, row, (random >> 8) % 5, ((random >> 16) % 3) << buddy.MT_SHIFT))
+            where = place(words, NONE, random >> 4, row % words[W_NODES])
+            rights = ((random >> 16) % 3) << buddy.MT_SHIFT | where
+            pfn = abs(pcp.take(b, row, (random >> 8) % 5, rights))
             held[k] = pfn
             if pfn != 0:
                 mem[pfn << 12] = np.uint8(seed)
@@ -70,7 +75,8 @@ def churn_objects(
         k = np.int64(state >> np.uint64(33)) % KEEP
         i = held[k]
         if i == 0:
-            i = abs(magazine.object_alloc(s, mem, cache, buddy.RIGHTS_MIN, row))
+            where = place(words, NONE, k, row % words[W_NODES])
+            i = abs(magazine.object_alloc(s, mem, cache, buddy.RIGHTS_MIN | where, row))
             held[k] = i
             if i != 0:
                 if mem[i * size] != 0 or mem[i * size + size - 1] != 0:
@@ -102,22 +108,29 @@ def run(jobs: list[tuple], meanwhile: Callable[[], None]) -> list[int]:
     return results
 
 
-def test_threads_keep_every_structure_whole(arena: Arena) -> None:
+@pytest.mark.parametrize(("nodes", "policy"), [(1, "local"), (3, "local"), (3, "interleave")])
+def test_threads_keep_every_structure_whole(nodes: int, policy: str) -> None:
     """Some have a row of their own, some share one, and all rows are drained again and again."""
+    arena = Arena(nodes * (8 << 20), nodes=topology(nodes))
+    arena.set_mempolicy(parse(policy, nodes))
     objects = [arena.slab(f"s{size}", np.dtype((np.void, size))) for size in (32, 1024)]
     arena.set_lanes(3)
     jobs: list[tuple] = []
     for seed in (1, 2, 3):
         out = np.zeros(2048, np.uint32)
-        jobs.append((churn_pages, *arena.buddy, arena.mem, out, min(seed, 2), seed, 30_000))
+        jobs.append((churn_pages, *arena.buddy, arena.mem, out, min(seed, 2), seed, 150_000))
     for seed in (4, 5, 6, 7):
         cache = objects[seed % 2].number
-        jobs.append((churn_objects, *arena.slabs, arena.mem, cache, seed % 4, seed, 60_000))
+        jobs.append((churn_objects, *arena.slabs, arena.mem, cache, seed % 4, seed, 300_000))
     drains = arena.vmstat["drain_all_pages"]
     assert run(jobs, arena.drain_all) == [0] * len(jobs)
     assert arena.vmstat["drain_all_pages"] > drains
     arena.check()
     arena.drain_all()
     arena.check()
-    assert arena.free_pages == arena.nr_pages - 1 == int(arena.words[W_FREE])
+    assert arena.free_pages == arena.nr_pages - 1 == arena.vmstat["nr_free_pages"]
     assert arena.lru.nr_inactive == 0
+    if nodes > 1:
+        served = arena.vmstat["numa_hit"] + arena.vmstat["numa_miss"]
+        assert served == arena.vmstat["numa_local"] + arena.vmstat["numa_other"] > 0
+    arena.close()
