@@ -153,7 +153,7 @@ class Arena:
             lambda: self.reclaim.who,
         )
         self.compaction = Compaction(
-            self.buddy, self.vmstat, self.drain_all, self.queue.serve_soon
+            self.buddy, self.nodes, self.vmstat, self.drain_all, self.queue.serve_soon
         )
         self.vmstat.gauge("rcu_deferred_bytes", lambda: self.rcu.deferred_bytes)
         self.vmstat.gauge("rcu_expedited", lambda: self.rcu.expedited)
@@ -394,7 +394,8 @@ class Arena:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
             nursery.start_soon(self.rcu.reaper, lambda: bool(self.queue))
-            nursery.start_soon(self.compaction.kcompactd)
+            for node in self.compaction.nodes:
+                nursery.start_soon(node.kcompactd)
             await self.reclaim.background.run()
 
     async def _refresh(self) -> None:

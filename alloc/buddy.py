@@ -24,7 +24,7 @@ import numpy as np
 
 from alloc.atomic import fetch_add_acq_rel, load_acquire, spin_lock, spin_unlock
 from alloc.freelist import block_type, merge_and_push, push, smallest, split, unlink
-from alloc.jit import helper, kernel
+from alloc.jit import helper, inlined, kernel
 from alloc.lru import BUDDY_ARGS, try_get, unlink_lru
 from alloc.page import (
     BUSY,
@@ -72,6 +72,7 @@ WOULD_BLOCK = 0
 STILL_USED = 0
 FREED = 1
 FREED_AND_WAITERS = 2
+LAST = 3
 NOT_ALLOCATED = -1
 FREED_WHILE_BUSY = -2
 
@@ -177,9 +178,9 @@ def give_back(b, pfn):
     return FREED
 
 
-@helper
-def put(b, pfn):
-    """Drop a reference of an allocated block; the last one frees it, off the LRU if need be."""
+@inlined
+def drop(b, pfn):
+    """Drop a reference of an allocated block; LAST: it is off the LRU, and to be given back."""
     if b.flags[pfn] & HEAD == 0 or b.refs[pfn] <= 0:
         return NOT_ALLOCATED
     if fetch_add_acq_rel(b.refs, pfn, -1) != 1:
@@ -191,7 +192,14 @@ def put(b, pfn):
         spin_lock(b.words, W_LRU_LOCK)
         unlink_lru(b, pfn)
         spin_unlock(b.words, W_LRU_LOCK)
-    return give_back(b, pfn)
+    return LAST
+
+
+@helper
+def put(b, pfn):
+    """Drop a reference of an allocated block; the last one frees it."""
+    code = drop(b, pfn)
+    return give_back(b, pfn) if code == LAST else code
 
 
 @kernel(f"i8({BUDDY_ARGS}, i8, i8)")

@@ -1,76 +1,26 @@
 """Compaction: large free blocks made by moving folios out of the way, instead of evicting them.
 
-A run takes one aligned unit after the other from the bottom that the migrate scanner found worth
-it, moves its folios to free pages at the top (alloc/scanner.py, alloc/migrate.py), and asks after
-each whether that was enough. It ends when the scanners meet. So that the next run does not begin
-anew, positions are kept, one for asynchronous runs and one for others, and pageblocks in which
-there was nothing are passed over until the scanners have met and kcompactd has come by.
+Each node is compacted by itself (alloc/compactnode.py): folios move within it, and it has its own
+kcompactd. Who waits for a larger block has the nodes compacted that he may be served from, in the
+order in which he tries them: asynchronously before reclaim (only pageblocks of the request's type),
+sync-light after it (all types), and at full priority, without hints and from the beginning, if that
+did not help. Nothing waits here for locks or I/O: priorities only differ in what they look at.
 
-Who waits for a larger block runs it: asynchronously before reclaim (only pageblocks of the
-request's type), sync-light after it (all types), and at full priority, without hints and from the
-beginning, if that did not help. A run that failed is deferred: for the next 1, 2, 4, ... 64
-requests of its order nobody tries, unless at full priority. kcompactd does the same in the
-background for what was asked for last, and keeps the fragmentation score below its mark
-(`proactiveness`). Nothing waits here for locks or I/O: priorities only differ in what they look at.
-
-Runs are steps on the trio thread. Nothing is isolated between two steps, so they may interleave.
+Trio thread only; runs are generators of steps, between which the loop gets its turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-import trio
-
-from alloc.buddy import FREED_AND_WAITERS
-from alloc.gfp import COSTLY_ORDER
-from alloc.migrate import MOVED, Mover, settle
-from alloc.node import spanned
-from alloc.page import (
-    HIGHATOMIC,
-    ORDER_MAX,
-    W_BLOCK_ORDER,
-    W_FREE,
-    W_FREE_HIGHATOMIC,
-    W_FREE_ORDERS,
-    W_KSWAPD,
-    W_LOW,
-    W_MIN,
-    Buddy,
-)
-from alloc.scanner import (
-    ANY_TYPE,
-    BATCH,
-    C_FREE,
-    C_FREE_SCANNED,
-    C_ISOLATED,
-    C_LIMIT,
-    C_MIGRATE,
-    C_MIGRATE_SCANNED,
-    NO_SKIP,
-    STATE_WORDS,
-    find_unit,
-    isolate,
-    take_targets,
-)
+from alloc.compactnode import RESULTS, SKIPPED, SUCCESS, NodeCompaction
+from alloc.migrate import Mover
+from alloc.node import in_reach
+from alloc.page import Buddy, Words
 from alloc.vmstat import VmStat
-from alloc.zone import nr_blocks
-from alloc.zoneinfo import all_free_blocks, fragmentation_index, unusable_index
 
-ASYNC, SYNC_LIGHT, SYNC_FULL = "async", "sync_light", "sync_full"  # priorities
-# how a run ended
-SKIPPED = "skipped"  # too little memory, or fragmentation is not what is wrong
-DEFERRED = "deferred"
-PARTIAL_SKIPPED = "partial_skipped"  # in vain, begun in the middle
-COMPLETE = "complete"  # in vain
-SUCCESS = "success"
-
-DEFER_SHIFT_MAX = 6
 EXTFRAG_THRESHOLD = 500
 PROACTIVENESS = 20
-PROACTIVE_S = 0.5
-KSWAPD_POLL_S = 0.01
 COUNTERS = (
     "compact_stall",
     "compact_success",
@@ -86,213 +36,39 @@ COUNTERS = (
 )
 
 
-class Deferral:
-    """How often to leave compaction alone after it failed: 2^shift requests of that order."""
-
-    def __init__(self) -> None:
-        self.order_failed = ORDER_MAX + 1  # the smallest order that compaction failed for
-        self.shift = 0
-        self.considered = 0
-
-    def defer(self, order: int) -> None:
-        """A run for this order failed."""
-        self.considered = 0
-        self.shift = min(self.shift + 1, DEFER_SHIFT_MAX)
-        self.order_failed = min(self.order_failed, order)
-
-    def deferred(self, order: int) -> bool:
-        """Whether a run for this order shall be left out; counts the question."""
-        if order < self.order_failed:
-            return False
-        self.considered = min(self.considered + 1, 1 << self.shift)
-        return self.considered < 1 << self.shift
-
-    def reset(self, order: int, served: bool) -> None:
-        """A run for this order succeeded; served: and the request got its block."""
-        if served:
-            self.considered = self.shift = 0
-        self.order_failed = max(self.order_failed, order + 1)
-
-
-class Run:
-    """One run: what for, how far it may go, where it is, and how it ended."""
-
-    __slots__ = ("ignore", "mt", "order", "result", "state", "whole")
-
-    def __init__(self, order: int, mt: int, ignore: bool, whole: bool) -> None:
-        self.order = order
-        self.mt = mt
-        self.ignore = ignore
-        self.whole = whole  # it begins at the bottom
-        self.state = np.zeros(STATE_WORDS, np.int64)
-        self.result = SKIPPED
-
-
 class Compaction:
-    """Compaction of one arena. Without a mover there is nothing to move, and runs are skipped."""
+    """Compaction of one arena. Without a mover there is nothing to move, and runs are skipped.
+
+    `drain` gives back what rows keep; `freed` is called when what a move gave back is waited for.
+    """
 
     def __init__(
         self,
         buddy: Buddy,
+        nodes: Sequence[Words],
         vmstat: VmStat,
         drain: Callable[[], None],
         freed: Callable[[], object],
     ) -> None:
-        self._buddy = buddy
-        self._words = words = buddy.words
-        self._vmstat = vmstat
-        self._drain = drain
-        self._freed = freed  # somebody waits for what a move gave back
-        self._mover: Mover | None = None
+        self.buddy = buddy
+        self.vmstat = vmstat
+        self.drain = drain
+        self.freed = freed
+        self.mover: Mover | None = None
         self.extfrag_threshold = EXTFRAG_THRESHOLD  # thousandths
         self.proactiveness = PROACTIVENESS  # percent
-        self.deferral = Deferral()
-        blocks = nr_blocks(spanned(words))
-        self._top = (blocks - 1) << int(words[W_BLOCK_ORDER])
-        self._skip = np.full(blocks, NO_SKIP, np.uint8)
-        self._flush = False  # the scanners have met: hints have had their time
-        self._reset_positions()
-        self._sources = np.zeros(BATCH, np.int64)
-        self._targets = np.zeros(BATCH, np.int64)
-        self._verdicts = np.zeros(BATCH, np.int64)
-        self._wake = trio.Event()
-        self._asked = 0  # the largest order that kcompactd was woken for
+        self._rows = nodes
+        self.nodes = [NodeCompaction(self, words) for words in nodes]
         for name in COUNTERS:
             vmstat.add(name, 0)
 
     def register_mover(self, mover: Mover) -> None:
         """Who owns the folios on the LRU, and moves them."""
-        assert self._mover is None, "the folios of an arena have one owner"
-        self._mover = mover
+        assert self.mover is None, "the folios of an arena have one owner"
+        self.mover = mover
 
     def unregister_mover(self) -> None:
-        self._mover = None
-
-    # ---------------------------------------------------------------- on behalf of requests
-
-    def direct(
-        self, order: int, mt: int, priority: str, satisfied: Callable[[], bool]
-    ) -> Iterator[str]:
-        """A run for a request of type `mt`, in steps; yields how it stands, in the end its result.
-
-        satisfied: whether the request has been served; asked when a block has become free.
-        """
-        if priority != SYNC_FULL and self.deferral.deferred(order):
-            yield DEFERRED
-            return
-        if not self.suitable(order):
-            yield SKIPPED
-            return
-        self._vmstat.add("compact_stall")
-        self._drain()
-        run = self._begin(order, mt if priority == ASYNC else ANY_TYPE, priority)
-        for _ in self._steps(run, satisfied, "compact"):
-            yield PARTIAL_SKIPPED
-        if run.result == SUCCESS:
-            self._vmstat.add("compact_success")
-            self.deferral.reset(order, served=True)
-        else:
-            self._vmstat.add("compact_fail")
-            if priority != ASYNC:
-                self.deferral.defer(order)
-        yield run.result
-
-    def suitable(self, order: int) -> bool:
-        """Whether there is room to move folios in, and memory in pieces rather than short."""
-        words = self._words
-        mark = int(words[W_LOW if order > COSTLY_ORDER else W_MIN]) + (2 << order)
-        if self._mover is None or int(words[W_FREE] - words[W_FREE_HIGHATOMIC]) < mark:
-            return False
-        if order <= COSTLY_ORDER:
-            return True
-        index = fragmentation_index(all_free_blocks(words), order)
-        return not 0 <= index <= self.extfrag_threshold
-
-    # ---------------------------------------------------------------- runs
-
-    def _begin(self, order: int, mt: int, priority: str) -> Run:
-        full = priority == SYNC_FULL
-        start = 0 if full else self._migrate[priority] >> order << order
-        run = Run(order, mt, ignore=full, whole=start == 0)
-        run.state[C_MIGRATE] = start
-        run.state[C_FREE] = self._top if full else self._free
-        run.state[C_LIMIT] = ORDER_MAX + 1
-        return run
-
-    def _steps(self, run: Run, enough: Callable[[], bool], who: str) -> Iterator[None]:
-        """Free one unit after the other, a step each; run.result says how it ended."""
-        args = (self._skip, run.state, run.order, run.mt, run.ignore)
-        run.result = COMPLETE if run.whole else PARTIAL_SKIPPED
-        try:
-            while unit := int(find_unit(*self._buddy, *args)):
-                if self._empty(run, unit):
-                    if enough():
-                        run.result = SUCCESS
-                        run.state[C_MIGRATE] = unit
-                        return
-                    yield
-                if run.state[C_LIMIT] == 0:
-                    break  # there are no free pages above the unit
-            self._reset_positions()
-            self._flush = True
-        finally:
-            self._note(run, who)
-
-    def _empty(self, run: Run, unit: int) -> bool:
-        """Move the folios of a unit out of it; whether all are gone."""
-        assert self._mover is not None
-        sources, targets, verdicts = self._sources, self._targets, self._verdicts
-        while True:
-            n = int(isolate(*self._buddy, run.state, unit, run.order, sources))
-            if n <= 0:
-                return n == 0
-            args = (run.state, unit, run.order, sources, targets, n)
-            found = int(take_targets(*self._buddy, *args))
-            verdicts[:n] = 0
-            self._mover.move_folios(sources[:found], targets[:found], verdicts[:found])
-            moved = int(np.count_nonzero(verdicts[:n] == MOVED))
-            if settle(*self._buddy, sources, targets, verdicts, n) == FREED_AND_WAITERS:
-                self._freed()
-            self._vmstat.add("pgmigrate_success", moved)
-            self._vmstat.add("pgmigrate_fail", n - moved)
-            if moved < n:
-                return False
-
-    def _note(self, run: Run, who: str) -> None:
-        """Keep where a run came to, and count what it did."""
-        state = run.state.tolist()
-        if run.result == SUCCESS:
-            priority = ASYNC if run.mt != ANY_TYPE else SYNC_LIGHT
-            self._migrate[priority] = state[C_MIGRATE]
-            self._migrate[ASYNC] = max(self._migrate.values())
-            self._free = state[C_FREE]
-        self._vmstat.add("compact_migrate_scanned", state[C_MIGRATE_SCANNED])
-        self._vmstat.add("compact_free_scanned", state[C_FREE_SCANNED])
-        self._vmstat.add("compact_isolated", state[C_ISOLATED])
-        if who == "compact_daemon":
-            self._vmstat.add("compact_daemon_migrate_scanned", state[C_MIGRATE_SCANNED])
-            self._vmstat.add("compact_daemon_free_scanned", state[C_FREE_SCANNED])
-
-    def _reset_positions(self) -> None:
-        self._migrate = {ASYNC: 0, SYNC_LIGHT: 0}
-        self._free = self._top
-
-    def compact_memory(self) -> Iterator[None]:
-        """Make as many blocks as can be, the largest first; a step for each unit."""
-        if self._mover is None:
-            return
-        self._drain()
-        for order in range(ORDER_MAX, 0, -1):
-            run = self._begin(order, ANY_TYPE, SYNC_FULL)
-            yield from self._steps(run, lambda: False, "compact")
-
-    # ---------------------------------------------------------------- in the background
-
-    @property
-    def score(self) -> int:
-        """Percent of free memory in blocks smaller than a pageblock: external fragmentation."""
-        order = int(self._words[W_BLOCK_ORDER])
-        return unusable_index(all_free_blocks(self._words), order) // 10
+        self.mover = None
 
     @property
     def score_marks(self) -> tuple[int, int]:
@@ -300,63 +76,42 @@ class Compaction:
         low = max(100 - self.proactiveness, 5)
         return low, min(low + 10, 100)
 
-    def wake(self, order: int) -> None:
-        """A request for a block of this order had to take the slow path."""
-        if order and self._mover is not None:
-            self._asked = max(self._asked, order)
-            self._wake.set()
+    def direct(
+        self, order: int, mt: int, placed: int, priority: str, satisfied: Callable[[], bool]
+    ) -> Iterator[str]:
+        """Runs for a request of type `mt`, in steps; yields how it stands, in the end the result.
 
-    async def kcompactd(self) -> None:
-        """Background compaction, while kswapd sleeps; runs until cancelled."""
-        rest = 0
-        while True:
-            with trio.move_on_after(PROACTIVE_S):
-                await self._wake.wait()
-            while self._words[W_KSWAPD]:
-                await trio.sleep(KSWAPD_POLL_S)
-            if self._flush:
-                self._flush = False
-                self._skip[:] = NO_SKIP
-            if self._asked:
-                self._wake = trio.Event()
-                order, self._asked = self._asked, 0
-                self._vmstat.add("compact_daemon_wake")
-                await self._for_order(order)
-            elif rest:
-                rest -= 1
-            elif not await self._proactive():
-                rest = 1 << DEFER_SHIFT_MAX
+        placed: the nodes it may have, as in its rights. satisfied: whether it has been served;
+        asked when a block has become free.
+        """
+        best = SKIPPED
+        ran = False
+        for number in in_reach(self._rows, placed):
+            node = self.nodes[number]
+            result = node.objection(order, priority)
+            if not result:
+                if not ran:
+                    self.vmstat.add("compact_stall")
+                    self.drain()
+                    ran = True
+                result = yield from node.direct(order, mt, priority, satisfied)
+            best = max(best, result, key=RESULTS.index)
+            if best == SUCCESS:
+                break
+        if ran:
+            self.vmstat.add("compact_success" if best == SUCCESS else "compact_fail")
+        yield best
 
-    async def _for_order(self, order: int) -> None:
-        """Have a free block of this order, unless that failed lately."""
-        if self._has_block(order) or not self.suitable(order) or self.deferral.deferred(order):
+    def compact_memory(self) -> Iterator[None]:
+        """Make as many blocks as can be, the largest first; a step for each unit."""
+        if self.mover is None:
             return
-        self._drain()
-        run = self._begin(order, ANY_TYPE, SYNC_LIGHT)
-        for _ in self._steps(run, lambda: self._has_block(order), "compact_daemon"):
-            await trio.lowlevel.checkpoint()
-        if run.result == SUCCESS:
-            self.deferral.reset(order, served=False)
-        else:
-            self.deferral.defer(order)
+        self.drain()
+        for node in self.nodes:
+            yield from node.compact()
 
-    def _has_block(self, order: int) -> bool:
-        lists = self._words[W_FREE_ORDERS : W_FREE_ORDERS + HIGHATOMIC]
-        return bool((lists >> order).any())
-
-    async def _proactive(self) -> bool:
-        """Bring the score below its mark; False if it was above and a run did not help."""
-        low, high = self.score_marks
-        before = self.score
-        if not self.proactiveness or self._mover is None or before <= high:
-            return True
-        if self._words[W_FREE] < self._words[W_LOW]:
-            return True
-        self._drain()
-        run = self._begin(int(self._words[W_BLOCK_ORDER]), ANY_TYPE, SYNC_LIGHT)
-        for _ in self._steps(
-            run, lambda: self.score <= low or self._words[W_KSWAPD] != 0, "compact_daemon"
-        ):
-            await trio.lowlevel.checkpoint()
-        return self.score < before
-
+    def wake(self, order: int, placed: int) -> None:
+        """A request for a block of this order, on these nodes, had to take the slow path."""
+        if order and self.mover is not None:
+            for number in in_reach(self._rows, placed):
+                self.nodes[number].wake(order)

@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloc.atomic import fetch_add_acq_rel, fetch_and_acq_rel, load_acquire, spin_lock, spin_unlock
-from alloc.buddy import FREED, FREED_AND_WAITERS, put
+from alloc.buddy import FREED, FREED_AND_WAITERS, LAST, drop, give_back
 from alloc.jit import helper, kernel
 from alloc.libc import memcpy
 from alloc.lru import BUDDY_ARGS
+from alloc.node import buddy_on, node_of
 from alloc.page import (
     ACTIVE,
     HEAD,
@@ -108,6 +109,13 @@ def replace_folio(words, p, mem, source, target):
     fetch_add_acq_rel(p.refs, source, -1)
 
 
+@helper
+def _put(b, pfn):
+    """Drop a reference; the last one gives the block back to the buddy of its node."""
+    code = drop(b, pfn)
+    return give_back(buddy_on(b, node_of(b.words, pfn)), pfn) if code == LAST else code
+
+
 @kernel(f"i8({BUDDY_ARGS}, i8[::1], i8[::1], i8[::1], i8)")
 def settle(words, flags, order, refs, lru_next, lru_prev, sources, targets, verdicts, n):
     """Drop the mover's references of sources[:n], and free the targets of those that stayed.
@@ -117,8 +125,8 @@ def settle(words, flags, order, refs, lru_next, lru_prev, sources, targets, verd
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
     answer = FREED
     for i in range(n):
-        if verdicts[i] != MOVED and targets[i] != 0 and put(b, targets[i]) == FREED_AND_WAITERS:
+        if verdicts[i] != MOVED and targets[i] != 0 and _put(b, targets[i]) == FREED_AND_WAITERS:
             answer = FREED_AND_WAITERS
-        if put(b, sources[i]) == FREED_AND_WAITERS:
+        if _put(b, sources[i]) == FREED_AND_WAITERS:
             answer = FREED_AND_WAITERS
     return answer

@@ -23,6 +23,8 @@ at home here, or not. Requests for pages count, not objects or slabs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from alloc.atomic import fetch_add
 from alloc.jit import helper, inlined
 from alloc.page import (
@@ -74,6 +76,20 @@ def divide(words: Words, nr_pages: int, nodes: Topology) -> list[Words]:
 def spanned(words: Words) -> int:
     """Pages of a node, page 0 included."""
     return int(words[W_END] - words[W_START])
+
+
+def in_reach(nodes: Sequence[Words], placed: int) -> list[int]:
+    """The nodes that may serve a request with these bits, in the order in which they are tried."""
+
+    def along(node: int) -> list[int]:
+        order: list[int] = nodes[node][W_ZONELIST : W_ZONELIST + len(nodes)].tolist()
+        return order
+
+    bound = placed >> BOUND_SHIFT & BOUND_MASK
+    near = [n for n in along(placed >> NODE_SHIFT & NODE_MASK) if not bound or bound >> n & 1]
+    if not placed & SOFT:
+        return near
+    return near + [n for n in along(placed >> HOME_SHIFT & NODE_MASK) if n not in near]
 
 
 # -- in kernels ----------------------------------------------------------------------------------

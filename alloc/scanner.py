@@ -7,9 +7,10 @@ it takes a reference of each folio; the folios stay on their list. The free scan
 exactly the order that a folio has, from MOVABLE pageblocks above the unit, and spares free blocks
 that are as large as the wanted one.
 
-A byte for each pageblock says from which order on it had no unit when it was last looked at: a
-block without one of order o has none of a larger order either. `state` is what a run keeps: see
-the indices below. No lock is held for more than a unit or a pageblock.
+The scanners look at one node. A byte for each of its pageblocks says from which order on it had no
+unit when it was last looked at: a block without one of order o has none of a larger order either.
+`state` is what a run keeps: see the indices below. No lock is held for more than a unit or a
+pageblock. `isolate` takes the words of all nodes, for the LRU lock is common to them.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -36,6 +37,7 @@ from alloc.page import (
     W_FREE,
     W_LRU_LOCK,
     W_PGALLOC,
+    W_START,
     Buddy,
 )
 
@@ -81,11 +83,17 @@ def _type_fits(words, base, end, mt):
 
 
 @helper
+def _number(words, pfn):
+    """Of the pageblock of a page, among those of its node."""
+    return pfn - words[W_START] >> words[W_BLOCK_ORDER]
+
+
+@helper
 def _is_skipped(words, skip, base, end, order):
     """Whether a pageblock of a unit is known to have none of this order."""
     pfn = base
     while pfn < end:
-        if skip[pfn >> words[W_BLOCK_ORDER]] <= order:
+        if skip[_number(words, pfn)] <= order:
             return True
         pfn += np.int64(1) << words[W_BLOCK_ORDER]
     return False
@@ -123,7 +131,7 @@ def find_unit(words, flags, order, refs, lru_next, lru_prev, skip, state, wanted
         if found == 0:
             at = end
         if hopeless:
-            for block in range(begin >> words[W_BLOCK_ORDER], end >> words[W_BLOCK_ORDER]):
+            for block in range(_number(words, begin), _number(words, end)):
                 skip[block] = min(np.int64(skip[block]), wanted)
     state[C_MIGRATE] = at
     return found

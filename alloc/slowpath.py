@@ -38,7 +38,7 @@ from alloc.buddy import (
     RIGHTS_MIN,
     RIGHTS_QUEUED,
 )
-from alloc.compaction import ASYNC, DEFERRED, SKIPPED, SYNC_FULL, SYNC_LIGHT
+from alloc.compactnode import ASYNC, DEFERRED, SKIPPED, SYNC_FULL, SYNC_LIGHT
 from alloc.gfp import (
     ATOMIC,
     COSTLY_ORDER,
@@ -162,7 +162,7 @@ class SlowPath:
     def try_now(self, request: Request) -> int:
         """What a try_* request may do beyond its fast path, without waiting; 0 when in vain."""
         arena, gfp = self._arena, request.gfp
-        self._wake_kswapd(gfp, request.order)
+        self._wake_kswapd(gfp, request.order, request.placed)
         rights = self.rights(gfp, stuck=False)
         got = self._try(request, rights | (RIGHTS_QUEUED if rights != RIGHTS_MIN else 0))
         if not got and not gfp & (NOWAIT | MEMALLOC):
@@ -201,7 +201,8 @@ class SlowPath:
             got = request.attempt(rights | request.placed)
             return got != 0
 
-        *_, result = self._compaction(request.order, request.gfp, priority, satisfied)
+        order, gfp, placed = request.order, request.gfp, request.placed
+        *_, result = self._compaction(order, gfp, placed, priority, satisfied)
         if result in (SKIPPED, DEFERRED):
             return 0, False
         return got or self._try(request, rights), True
@@ -260,7 +261,7 @@ class SlowPath:
 
     async def _round(self, ticket: Ticket, order: int, priority: str) -> bool:
         """Everything short of sleeping; whether the ticket was served."""
-        self._wake_kswapd(ticket.gfp, order)
+        self._wake_kswapd(ticket.gfp, order, ticket.key.placed)
         if self._served(ticket):
             return True
         if not ticket.gfp & MEMALLOC:
@@ -280,19 +281,19 @@ class SlowPath:
 
     async def _compact(self, ticket: Ticket, order: int, priority: str) -> bool:
         """A run of compaction; whether the ticket was served."""
-        steps = self._compaction(order, ticket.gfp, priority, lambda: self._turn(ticket))
-        for result in steps:
+        gfp, placed = ticket.gfp, ticket.key.placed
+        for result in self._compaction(order, gfp, placed, priority, lambda: self._turn(ticket)):
             if result in (SKIPPED, DEFERRED):
                 return False
             await trio.lowlevel.cancel_shielded_checkpoint()
         return self._served(ticket)
 
     def _compaction(
-        self, order: int, gfp: int, priority: str, satisfied: Callable[[], bool]
+        self, order: int, gfp: int, placed: int, priority: str, satisfied: Callable[[], bool]
     ) -> Iterator[str]:
         _note(f"compact:{priority}")
         mt = gfp >> MT_SHIFT & MT_MASK
-        return self._arena.compaction.direct(order, mt, priority, satisfied)
+        return self._arena.compaction.direct(order, mt, placed, priority, satisfied)
 
     async def _sleep(self, ticket: Ticket, report_at: float) -> float:
         """Nothing was left to reclaim: help those who clean, and sleep once.
@@ -348,10 +349,10 @@ class SlowPath:
             self.queue.serve()
         return ticket.value != 0
 
-    def _wake_kswapd(self, gfp: int, order: int) -> None:
+    def _wake_kswapd(self, gfp: int, order: int, placed: int) -> None:
         _note("wake_kswapd")
         self._arena.reclaim.wake_kswapd(helpless=gfp & MEMALLOC != 0)
-        self._arena.compaction.wake(order)
+        self._arena.compaction.wake(order, placed)
 
     def _drain(self) -> None:
         """Memory that is neither free nor in use goes back to the free lists."""

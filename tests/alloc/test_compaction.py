@@ -9,9 +9,9 @@ import pytest
 import trio
 import trio.testing
 
-from alloc import compaction, gfp, scanner
+from alloc import compactnode, gfp, mempolicy, scanner
 from alloc.arena import Arena
-from alloc.compaction import (
+from alloc.compactnode import (
     ASYNC,
     COMPLETE,
     DEFERRED,
@@ -20,6 +20,7 @@ from alloc.compaction import (
     SYNC_FULL,
     SYNC_LIGHT,
     Deferral,
+    NodeCompaction,
 )
 from alloc.page import (
     ACTIVE,
@@ -33,13 +34,19 @@ from alloc.page import (
     W_LRU,
     WRITEBACK,
 )
+from alloc.placement import placement
+from alloc.topology import topology
 from tests.alloc.movable import best_target, lru_order, scatter, units
+
+
+def first(arena: Arena) -> NodeCompaction:
+    return arena.compaction.nodes[0]
 
 
 def compact(arena: Arena, order: int, priority: str = SYNC_FULL) -> str:
     """A run that ends when there is a block of the order; how it ended."""
     *_, result = arena.compaction.direct(
-        order, MOVABLE, priority, lambda: arena.compaction._has_block(order)
+        order, MOVABLE, 0, priority, lambda: first(arena).has_block(order)
     )
     return result
 
@@ -149,11 +156,11 @@ def test_runs_until_nothing_is_left_to_gain(arena: Arena) -> None:
     low = sorted(cache.folios)  # at the ends of the list are folios that move
     arena.lru.rotate(low[10])
     arena.lru.deactivate(low[20])
-    before = arena.compaction.score
+    before = first(arena).score
     for _ in arena.compaction.compact_memory():
         pass
     assert before > 90
-    assert arena.compaction.score < 10
+    assert first(arena).score < 10
     cache.verify()
     moves = len(cache.moves)
     for _ in arena.compaction.compact_memory():
@@ -168,7 +175,7 @@ def test_what_stays_is_never_moved(arena: Arena) -> None:
         cache.pin(pfn)
     kept = set(cache.pinned)
     assert compact(arena, 6) == COMPLETE
-    assert arena.compaction.deferral.order_failed == 6
+    assert first(arena).deferral.order_failed == 6
     assert kept <= cache.folios.keys()
     cache.verify()
     cache.drop()
@@ -243,16 +250,16 @@ def test_deferral_doubles_up_to_64() -> None:
 
 def test_too_little_memory_and_too_little_fragmentation_are_no_reason(arena: Arena) -> None:
     cache = scatter(arena, random.Random(1), [0], 0.5)
-    assert arena.compaction.suitable(4)
+    assert first(arena).suitable(4)
     while arena.words[W_FREE] > arena.marks.low + (2 << 4):
         cache.insert(arena.try_alloc_folio(0, gfp.NOWAIT) or 0, dirty=True)
     assert arena.words[W_FREE] == arena.marks.low + (2 << 4)
-    assert arena.compaction.suitable(4)
-    assert not arena.compaction.suitable(5)
-    assert arena.compaction.suitable(3)  # it goes by `min`
+    assert first(arena).suitable(4)
+    assert not first(arena).suitable(5)
+    assert first(arena).suitable(3)  # it goes by `min`
     arena.compaction.extfrag_threshold = 1000
-    assert not arena.compaction.suitable(4)
-    assert arena.compaction.suitable(3)
+    assert not first(arena).suitable(4)
+    assert first(arena).suitable(3)
     arena.compaction.unregister_mover()
     assert compact(arena, 3) == SKIPPED
     cache.drop()
@@ -271,7 +278,7 @@ def test_who_fails_is_deferred_and_full_priority_is_not(arena: Arena) -> None:
         arena.pages.flags[pfn] &= ~np.uint32(LOCKED)
     assert compact(arena, 6, SYNC_FULL) == SUCCESS
     assert arena.vmstat["compact_success"] == 1
-    assert arena.compaction.deferral.shift == 0
+    assert first(arena).deferral.shift == 0
     cache.drop()
 
 
@@ -282,9 +289,9 @@ async def test_kcompactd_makes_what_was_asked_for(arena: Arena, autojump_clock: 
         nursery.start_soon(arena.kswapd)
         await trio.sleep(2)
         assert not cache.moves
-        arena.compaction.wake(7)
+        arena.compaction.wake(7, 0)
         await trio.sleep(0.1)
-        assert arena.compaction._has_block(7)
+        assert first(arena).has_block(7)
         assert arena.vmstat["compact_daemon_wake"] == 1
         assert arena.vmstat["compact_daemon_migrate_scanned"] > 0
         nursery.cancel_scope.cancel()
@@ -296,15 +303,15 @@ async def test_kcompactd_makes_what_was_asked_for(arena: Arena, autojump_clock: 
 async def test_the_score_is_kept_below_its_mark(arena: Arena, autojump_clock: object) -> None:
     cache = scatter(arena, random.Random(4), [0], 0.5)
     assert arena.compaction.score_marks == (80, 90)
-    assert arena.compaction.score > 90
+    assert first(arena).score > 90
     async with trio.open_nursery() as nursery:
         nursery.start_soon(arena.kswapd)
         await trio.sleep(1)
-        assert 60 < arena.compaction.score <= 80
+        assert 60 < first(arena).score <= 80
         arena.compaction.proactiveness = 100
         assert arena.compaction.score_marks == (5, 15)
         await trio.sleep(1)
-        assert arena.compaction.score <= 5
+        assert first(arena).score <= 5
         nursery.cancel_scope.cancel()
     cache.verify()
     cache.drop()
@@ -321,11 +328,116 @@ async def test_a_run_in_vain_is_not_repeated_at_once(
         await trio.sleep(1)
         scanned = arena.vmstat["compact_migrate_scanned"]
         assert scanned > 0
-        await trio.sleep(compaction.PROACTIVE_S * 60)
+        await trio.sleep(compactnode.PROACTIVE_S * 60)
         assert arena.vmstat["compact_migrate_scanned"] == scanned
-        await trio.sleep(compaction.PROACTIVE_S * 8)
+        await trio.sleep(compactnode.PROACTIVE_S * 8)
         assert arena.vmstat["compact_migrate_scanned"] > scanned
         nursery.cancel_scope.cancel()
     for pfn in cache.folios:
         arena.pages.flags[pfn] &= ~np.uint32(LOCKED)
     cache.drop()
+
+
+# -- several nodes -----------------------------------------------------------------------------
+
+
+def bound_to(arena: Arena, *nodes: int) -> int:
+    """The bits of a request that may be served by these nodes only."""
+    return int(placement(arena.words, mempolicy.policy("bind", nodes), 0, 0))
+
+
+def nodes_of(arena: Arena, moves: list[tuple[int, int]]) -> set[tuple[int, int]]:
+    return {(arena.node_of(source), arena.node_of(target)) for source, target in moves}
+
+
+@pytest.mark.parametrize("node", range(3))
+def test_folios_move_within_their_node(node: int) -> None:
+    arena = Arena(24 << 20, nodes=topology(3))
+    rng = random.Random(node)
+    cache = scatter(arena, rng, [0, 0, 1, 2], 0.45)
+    for pfn in rng.sample(sorted(cache.folios), 12):
+        cache.pin(pfn)
+    there = arena.compaction.nodes[node]
+    free = [int(words[W_FREE]) for words in arena.nodes]
+    assert not there.has_block(7)
+    direct = arena.compaction.direct
+    *_, result = direct(
+        7, MOVABLE, bound_to(arena, node), SYNC_FULL, lambda: there.has_block(7)
+    )
+    assert result == SUCCESS
+    assert nodes_of(arena, cache.moves) == {(node, node)}
+    assert free == [int(words[W_FREE]) for words in arena.nodes]
+    cache.verify()
+    for _ in arena.compaction.compact_memory():
+        pass
+    assert nodes_of(arena, cache.moves) == {(0, 0), (1, 1), (2, 2)}
+    assert all(each.score < 20 for each in arena.compaction.nodes)
+    cache.verify()
+    cache.drop()
+    arena.close()
+
+
+def test_what_is_refused_goes_back_to_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(16 << 20, nodes=topology(2))
+    cache = scatter(arena, random.Random(9), [0], 0.4)
+    monkeypatch.setattr(cache, "move_folios", lambda *_: None)
+    free = [int(words[W_FREE]) for words in arena.nodes]
+    direct = arena.compaction.direct
+    *_, result = direct(6, MOVABLE, bound_to(arena, 1), SYNC_FULL, lambda: False)
+    assert result == COMPLETE
+    assert arena.vmstat["pgmigrate_fail"] > 0
+    assert free == [int(words[W_FREE]) for words in arena.nodes]
+    assert arena.compaction.nodes[0].deferral.shift == 0
+    assert arena.compaction.nodes[1].deferral.shift == 1
+    cache.verify()
+    cache.drop()
+    arena.close()
+
+
+async def test_who_is_bound_has_his_node_compacted(autojump_clock: object) -> None:
+    """Not the others, for he would not be served there; and nothing is evicted."""
+    arena = Arena(16 << 20, nodes=topology(2))
+    cache = scatter(arena, random.Random(10), [0], 0.4, dirty=0)
+    number = mempolicy.policy("bind", [1])
+    while (pfn := arena.try_alloc_folio(6, gfp.NOWAIT | gfp.MOVABLE, number)) is not None:
+        cache.insert(pfn, dirty=False)
+    folios = len(cache.folios)
+    pfn = await arena.alloc_folio(6, gfp.MOVABLE, number)
+    assert arena.node_of(pfn) == 1
+    assert nodes_of(arena, cache.moves) == {(1, 1)}
+    assert len(cache.folios) == folios
+    arena.put_folio(pfn)
+    nodes = arena.compaction.nodes
+    for _ in nodes[0].direct(8, MOVABLE, SYNC_FULL, lambda: nodes[0].has_block(8)):
+        pass
+    assert [node.has_block(8) for node in nodes] == [True, False]
+    pfn = arena.try_alloc_folio(8, gfp.RETRY_MAYFAIL | gfp.MOVABLE, number) or 0
+    assert arena.node_of(pfn) == 1
+    assert nodes[0].has_block(8)
+    assert len(cache.folios) == folios
+    arena.put_folio(pfn)
+    cache.verify()
+    cache.drop()
+    arena.close()
+
+
+async def test_each_node_has_a_kcompactd(autojump_clock: object) -> None:
+    arena = Arena(16 << 20, nodes=topology(2))
+    cache = scatter(arena, random.Random(11), [0], 0.5)
+    arena.compaction.proactiveness = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(arena.kswapd)
+        await trio.sleep(1)
+        arena.compaction.wake(7, bound_to(arena, 1))
+        await trio.sleep(0.1)
+        assert nodes_of(arena, cache.moves) == {(1, 1)}
+        assert arena.compaction.nodes[1].has_block(7)
+        assert arena.vmstat["compact_daemon_wake"] == 1
+        arena.compaction.proactiveness = 20
+        await trio.sleep(2)
+        assert nodes_of(arena, cache.moves) == {(0, 0), (1, 1)}
+        nursery.cancel_scope.cancel()
+    assert all(each.score <= 90 for each in arena.compaction.nodes)
+    cache.verify()
+    cache.drop()
+    arena.close()

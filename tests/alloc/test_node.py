@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from alloc import buddy, pcp
 from alloc.arena import Arena, Slab
+from alloc.mempolicy import policy
 from alloc.node import (
     BOUND_SHIFT,
     HOME_SHIFT,
@@ -19,8 +20,10 @@ from alloc.node import (
     NUMA_EVENTS,
     PLACED,
     SOFT,
+    in_reach,
 )
 from alloc.page import ORDER_MAX, W_FREE, W_LOW, W_MIN, Words
+from alloc.placement import placement
 from alloc.topology import Topology, parse, span_pages, topology
 from alloc.zoneinfo import all_free_blocks
 
@@ -317,3 +320,18 @@ class NodeMachine(RuleBasedStateMachine):
 
 NodeMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
 TestNodes = NodeMachine.TestCase
+
+
+def test_python_knows_the_order_too(arena: Arena) -> None:
+    """`in_reach` against where requests are served when the first ones are full."""
+    for mode, nodes in (("local", ()), ("prefer", (2,)), ("prefer-many", (1, 2)), ("bind", (0, 2))):
+        placed = int(placement(arena.words, policy(mode, nodes), 0, 1))
+        held, seen = [], []
+        while pfn := abs(pcp.alloc_block(*arena.buddy, 0, 0, buddy.RIGHTS_ALL | placed)):
+            held.append(pfn)
+            if arena.node_of(pfn) not in seen:
+                seen.append(arena.node_of(pfn))
+        assert seen == in_reach(arena.nodes, placed)
+        for pfn in held:
+            arena.put_folio(pfn)
+    assert in_reach(arena.nodes, 0) == [0, 1, 2]

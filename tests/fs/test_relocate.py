@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import trio
 
+from alloc import mempolicy
 from alloc.atomic import fetch_add, load_acquire, spin_lock, spin_unlock
 from alloc.buddy import put
 from alloc.jit import DISABLED, kernel
 from alloc.libc import memcmp
 from alloc.page import DIRTY, LOCKED, WRITEBACK, Buddy
+from alloc.topology import topology
 from fs import file
 from fs.cache import radix
 from fs.cache.inode import Inode
@@ -64,11 +66,13 @@ async def written(vol: Volume, ip: Inode, content: bytes, step: int) -> None:
         await file.write(vol, ip, pos, content[pos : pos + step])
 
 
-async def test_everything_comes_along(scratch: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+async def test_everything_comes_along(scratch: Path, nodes: int) -> None:
     rng = random.Random(1)
     content = rng.randbytes(SIZE)
     image = support.mkfs(scratch)
-    async with opened(image) as vol, a_file(vol) as ip:
+    async with opened(image, nodes=topology(nodes)) as vol, a_file(vol) as ip:
+        vol.arena.set_mempolicy(mempolicy.parse("interleave", nodes))
         await written(vol, ip, content, 4096 * 3)
         await file.fsync(vol, ip)
         assert drop_some(vol, ip, rng, 0.5) > 100

@@ -41,9 +41,10 @@ def numbers(path: Path) -> dict[str, int]:
 
 
 @support.needs_fio
-def test_fio_verifies_while_folios_move(scratch: Path) -> None:
+@pytest.mark.parametrize("options", ["", "numa=2,mpol=interleave"])
+def test_fio_verifies_while_folios_move(scratch: Path, options: str) -> None:
     image = support.mkfs(scratch, size=512 << 20)
-    with support.our_mount(image, scratch / "mnt", memory="16M") as mount:
+    with support.our_mount(image, scratch / "mnt", memory="16M", options=options) as mount:
         compactor = Compactor(mount.path)
         compactor.start()
         try:
