@@ -77,7 +77,7 @@ NOT_ALLOCATED = -1
 FREED_WHILE_BUSY = -2
 
 
-@helper
+@inlined
 def passes_mark(words, order, rights):
     """Whether a request may be served as far as the watermarks go."""
     who = rights & 3
@@ -100,13 +100,13 @@ def passes_mark(words, order, rights):
     return free > mark
 
 
-@helper
+@inlined
 def is_low(words):
     """Whether it is time to wake kswapd."""
     return words[W_FREE] < words[W_LOW] + words[W_BOOST]
 
 
-@helper
+@inlined
 def _find(b, order, rights):
     """Under the lock: a free block for a request that passed the mark, on its list; or 0."""
     mt = (rights >> MT_SHIFT) & MT_MASK
@@ -123,7 +123,7 @@ def _find(b, order, rights):
     return pfn
 
 
-@helper
+@inlined
 def carve(b, pfn, order):
     """Under the lock: take 2^order pages off a free block; what is left stays free."""
     found = np.int64(b.order[pfn])
@@ -248,7 +248,7 @@ def build_free_lists(words, flags, order, refs, lru_next, lru_prev):
     words[W_LOWEST] = first
 
 
-@helper
+@inlined
 def take_chain(b, order, rights, nr, counted):
     """Up to `nr` blocks in one hold of the lock: first, last and how many; 0: WOULD_BLOCK.
 
@@ -284,7 +284,7 @@ def take_chain(b, order, rights, nr, counted):
     return first, last, taken
 
 
-@helper
+@inlined
 def give_chain(b, first, order, counted):
     """Free blocks of one order that are linked through lru_next, in one hold of the lock.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from alloc.atomic import count_trailing_zeros
-from alloc.jit import helper
+from alloc.jit import helper, inlined
 from alloc.page import (
     BUDDY,
     FREE_SHIFT,
@@ -35,7 +35,7 @@ from alloc.page import (
 )
 
 
-@helper
+@inlined
 def block_type(words, pfn):
     """The migratetype of the pageblock that a page lies in."""
     return words[W_BLOCK_TYPES + (pfn - words[W_START] >> words[W_BLOCK_ORDER])]
@@ -49,7 +49,7 @@ def set_block_types(words, pfn, order, mt):
         words[at] = mt
 
 
-@helper
+@inlined
 def push(b, pfn, order, mt, at_tail):
     """Put a free block on a list."""
     words = b.words
@@ -78,7 +78,7 @@ def push(b, pfn, order, mt, at_tail):
     b.order[pfn] = order
 
 
-@helper
+@inlined
 def unlink(b, pfn, order, mt):
     """Take a free block off its list."""
     words = b.words
@@ -103,7 +103,7 @@ def unlink(b, pfn, order, mt):
     b.lru_prev[pfn] = 0
 
 
-@helper
+@inlined
 def smallest(b, order, mt):
     """A block of the smallest order that fits, first on its list; or 0."""
     fitting = b.words[W_FREE_ORDERS + mt] >> order
@@ -113,7 +113,7 @@ def smallest(b, order, mt):
     return b.words[W_FREE_HEAD + (mt << FREE_SHIFT) + found]
 
 
-@helper
+@inlined
 def split(b, pfn, found, order, mt):
     """The first 2^order pages of a block that is on no list; the others go to the lists of `mt`."""
     while found > order:
@@ -121,7 +121,7 @@ def split(b, pfn, found, order, mt):
         push(b, pfn + (1 << found), found, mt, False)
 
 
-@helper
+@inlined
 def _next_is_free(b, pfn, order):
     """Whether the neighbour of the block that this one would be merged into is free already."""
     if order >= ORDER_MAX - 1:
@@ -133,7 +133,7 @@ def _next_is_free(b, pfn, order):
     return b.flags[buddy] == BUDDY and b.order[buddy] == order + 1
 
 
-@helper
+@inlined
 def merge_and_push(b, pfn, order):
     """Put a block on its list, merged with every free buddy that may be merged with it.
 

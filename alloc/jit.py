@@ -35,7 +35,15 @@ from numba.core import config, sigutils, types
 ROOMS = ("alloc", "writeback", "fs")
 # Kernels make no arrays and return none, so numba need not count references to them (_nrt): the
 # counts are atomic, and those of the arena's arrays would travel between all lanes' processors.
-FLAGS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "_nrt": False}
+# What an inlined function calls would be inlined, too, all the way down, if it did not say no:
+# numba lets a function inherit that from whoever happens to be compiled first among its callers.
+FLAGS: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "_nrt": False,
+    "forceinline": False,
+}
 DISABLED = bool(config.DISABLE_JIT)
 
 Signature = str | Callable[[], tuple[Any, ...]]
@@ -106,7 +114,7 @@ def helper(function: Callable[..., Any], **flags: Any) -> Any:
     that halves the time it takes to compile the kernels.
     """
     dispatcher: Any = numba.njit(
-        **FLAGS, **flags, no_cpython_wrapper=True, no_cfunc_wrapper=True
+        **(FLAGS | flags), no_cpython_wrapper=True, no_cfunc_wrapper=True
     )(function)
     if DISABLED:
         return dispatcher

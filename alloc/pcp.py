@@ -177,7 +177,7 @@ def _relieve(b, at, first, pages):
 # -- sizes, under the row's lock -----------------------------------------------------------------
 
 
-@helper
+@inlined
 def _high(words, at):
     """What the row may hold, within the bounds."""
     return min(max(words[at + P_HIGH], words[W_PCP_HIGH_MIN]), words[W_PCP_HIGH_MAX])
@@ -205,7 +205,7 @@ def _refill_size(words, at, order):
     return max(nr, min(LINE_PAGES, high - words[at + P_COUNT]) >> order)
 
 
-@helper
+@inlined
 def _limit(words, at, batch, crowded):
     """Pages at which the row is relieved; moves `high` towards what the row needs."""
     high = _high(words, at)
@@ -227,7 +227,7 @@ def _limit(words, at, batch, crowded):
     return limit
 
 
-@helper
+@inlined
 def _note_free(b, at, mt, order):
     """A block came in: relieve the row if it holds too much."""
     words = b.words
@@ -251,7 +251,7 @@ def _note_free(b, at, mt, order):
 # -- allocating and freeing ----------------------------------------------------------------------
 
 
-@helper
+@inlined
 def _dress(b, pfn, order):
     """The descriptors of a block's tails. (Slices: a loop over indices is not vectorized.)"""
     b.flags[pfn + 1 : pfn + (1 << order)] = TAIL
@@ -353,10 +353,8 @@ def _take_of(b, row, order, rights, asked):
 
 
 @helper
-def _take_unlisted(b, row, order, asked):
-    """`take` for all others: from the buddy, and where there are several nodes."""
-    if asked & PLACED == 0:
-        return _take_bare(b, order, asked)
+def _take_placed(b, row, order, asked):
+    """`take` where there are several nodes."""
     rights = asked & RIGHTS_MASK
     while True:
         got = np.int64(WOULD_BLOCK)
@@ -376,9 +374,11 @@ def take(b, row, order, rights):
     A request that can not wait goes to the buddy, who keeps a reserve for it. Whether a request
     may be served depends on the marks alone, not on what the row has.
     """
-    if not _is_listed(order, rights):
-        return _take_unlisted(b, row, order, rights)
-    return _take_listed(b, row, order, rights)
+    if _is_listed(order, rights):
+        return _take_listed(b, row, order, rights)
+    if rights & PLACED != 0:
+        return _take_placed(b, row, order, rights)
+    return _take_bare(b, order, rights)
 
 
 @inlined
@@ -411,10 +411,8 @@ def _give_back_listed(b, row, pfn, order):
 
 
 @helper
-def _give_back_unlisted(b, row, pfn, order):
-    """`give_back` for all others: to the buddy, and to other nodes than the first."""
-    if pfn < b.words[W_END]:
-        return _give_back_bare(b, pfn, order)
+def _give_back_home(b, row, pfn, order):
+    """`give_back` to another node than the first."""
     home = buddy_on(b, node_of(b.words, pfn))
     if _is_wanted_here(home.words, order):
         return _give_back_listed(home, row, pfn, order)
@@ -426,9 +424,11 @@ def give_back(b, row, pfn):
     """As `buddy.give_back`, to the row's list for the pageblock's type unless memory is short."""
     words = b.words
     order = np.int64(b.order[pfn])
-    if pfn >= words[W_END] or not _is_wanted_here(words, order):
-        return _give_back_unlisted(b, row, pfn, order)
-    return _give_back_listed(b, row, pfn, order)
+    if pfn >= words[W_END]:
+        return _give_back_home(b, row, pfn, order)
+    if _is_wanted_here(words, order):
+        return _give_back_listed(b, row, pfn, order)
+    return _give_back_bare(b, pfn, order)
 
 
 @inlined

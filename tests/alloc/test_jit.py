@@ -64,3 +64,27 @@ def test_loaded_kernels_take_less_and_can_be_called_by_new_ones(tmp_path: Path) 
         assert result == [2, 3]
     print(f"\n  jit: {kib['load']} KiB a kernel, with what numba keeps {kib['warm']}")
     assert kib["load"] < 0.95 * kib["warm"]
+
+
+@jit.helper
+def rarely(n):
+    return n + 1
+
+
+@jit.inlined
+def often(n):
+    return rarely(n) if n > 10 else n
+
+
+@jit.kernel("i8(i8)")
+def entry(n):
+    return often(n)
+
+
+@pytest.mark.skipif(jit.DISABLED, reason="nothing is compiled")
+def test_what_an_inlined_function_calls_is_not_inlined_for_that() -> None:
+    assert [entry(n) for n in (10, 11)] == [10, 12]
+    inline = [
+        [made.fndesc.inline for made in function.overloads.values()] for function in (often, rarely)
+    ]
+    assert inline == [[True], [False]]
