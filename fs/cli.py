@@ -80,8 +80,8 @@ def mount(
     image=PATH scratch=SIZE mkfs=WORDS memory=SIZE cache=none|writethrough|writeback fsname=
     subtype= log= policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= numa=N
     distance=10:20:... mpol=local|prefer:|prefer-many:|bind:|interleave:|weighted:NODES lanes=N
-    transport=device|uring max_write=SIZE latency=auto|on|off lock_timeout=SECONDS
-    max_background=N read_ahead_kb=N procdir=NAME|off.
+    transport=device|uring max_write=SIZE latency=auto|on|off stall=SECONDS
+    lock_timeout=SECONDS max_background=N read_ahead_kb=N procdir=NAME|off.
     """
     from fs import mount as life
     from fs.front import options as grammar

@@ -126,6 +126,7 @@ class Session:
         # From the first request on: a mount that comes up by chance would be no use.
         vol.arena.set_policy(policy.parse(self.options.policy))
         vol.arena.set_mempolicy(self.options.mempolicy)
+        vol.arena.stall_seconds = vol.arena.rcu.stall_seconds = self.options.stall
         try:
             with self._fuse(ops) as session_fd:
                 async with trio.open_nursery() as nursery:

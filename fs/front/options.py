@@ -32,6 +32,7 @@ LATENCY_MODES = ("auto", "on", "off")
 ATIME_POLICIES = ("relatime", "strictatime", "noatime")
 LANES_MOST = 16
 NAME_MAX = 255
+STALL_LEAST_S = 0.1
 MAX_WRITE_SHARE = 4  # of memory, at most, is lanes' room for writes
 PLACES_LEAST = 2  # requests of each queue, with transport=uring
 MAX_WRITE_LEAST, MAX_WRITE_MOST = 128 << 10, 4 << 20
@@ -56,6 +57,7 @@ class MountOptions:
     numa: str = "1"  # nodes that memory is divided into
     distance: str = ""  # of each from each, as alloc.topology.parse reads it; empty: 10 and 20
     mpol: str = ""  # the memory policy, as alloc.mempolicy.parse reads it; empty: none
+    stall: float = 2.0  # seconds that a wait for memory lasts when it is reported
     read_only: bool = False
     remount: bool = False
     atime: str = "relatime"
@@ -195,6 +197,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _stall(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < STALL_LEAST_S:
+        raise UserError(f"stall={text}: at least {STALL_LEAST_S:g} seconds", EXIT_USAGE)
+    return seconds
+
+
 def _procdir(text: str) -> str:
     if text == "off":
         return ""
@@ -255,6 +264,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "numa": ("numa", str),
     "distance": ("distance", str),
     "mpol": ("mpol", str),
+    "stall": ("stall", _stall),
     "cache": ("cache", _cache),
     "fsname": ("fsname", str),
     "subtype": ("subtype", str),

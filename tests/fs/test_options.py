@@ -89,6 +89,7 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
     [
         *("memory=1M", "cache=all", "lock_timeout=soon", "debug=maybe", "lanes=17", "lanes=-1"),
         *("lanes=many", "max_write=64K", "max_write=8M", "max_write=300K", "max_write=1MM"),
+        *("stall=0", "stall=long"),
         *("transport=", "transport=pigeon"),
         *("latency=0", "latency=fast"),
         *("policy=", "policy=bsd", "policy=inject", "policy=inject:p=2", "policy=linux:p=1"),
