@@ -67,9 +67,6 @@ class Compaction:
         assert self.mover is None, "the folios of an arena have one owner"
         self.mover = mover
 
-    def unregister_mover(self) -> None:
-        self.mover = None
-
     @property
     def score_marks(self) -> tuple[int, int]:
         """The score that proactive compaction aims at, and the one above which it begins."""

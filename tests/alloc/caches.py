@@ -1,12 +1,30 @@
-"""Small caches for the reclaim tests: folios on the LRU, some of them dirty, with a shrinker."""
+"""Small caches for the reclaim tests: folios on the LRU, some of them dirty, with a shrinker.
+
+And kswapd beside them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import islice
+
+import trio
+import trio.testing
 
 from alloc.arena import Arena
 from alloc.gfp import NOFS, NOWAIT
 from alloc.shrinker import SHRINK_STOP
+
+
+@asynccontextmanager
+async def kswapd(arena: Arena) -> AsyncIterator[None]:
+    """The arena's background tasks, asleep at the beginning, cancelled at the end."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(arena.kswapd)
+        await trio.testing.wait_all_tasks_blocked()
+        yield
+        nursery.cancel_scope.cancel()
 
 
 class FolioCache:

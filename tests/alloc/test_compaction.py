@@ -220,7 +220,7 @@ async def test_what_it_is_good_for(
         while (pfn := arena.try_alloc_folio(order, gfp.NOWAIT | gfp.MOVABLE)) is not None:
             cache.insert(pfn, dirty=bool(dirty))
         if not moves:
-            arena.compaction.unregister_mover()
+            arena.compaction.mover = None
         folios = len(cache.folios)
         served = await served_within_5_s(arena, order)
         outcomes.append((served, len(cache.folios) == folios))
@@ -260,7 +260,7 @@ def test_too_little_memory_and_too_little_fragmentation_are_no_reason(arena: Are
     arena.compaction.extfrag_threshold = 1000
     assert not first(arena).suitable(4)
     assert first(arena).suitable(3)
-    arena.compaction.unregister_mover()
+    arena.compaction.mover = None
     assert compact(arena, 3) == SKIPPED
     cache.drop()
 

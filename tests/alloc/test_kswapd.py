@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import pytest
 import trio
 import trio.testing
@@ -12,7 +9,7 @@ import trio.testing
 from alloc.arena import Arena
 from alloc.gfp import MEMALLOC, NOWAIT
 from alloc.kswapd import MAX_FAILURES, NAP_S
-from tests.alloc.caches import FolioCache
+from tests.alloc.caches import FolioCache, kswapd
 
 LOW_HIT, HIGH_HIT = "kswapd_low_wmark_hit_quickly", "kswapd_high_wmark_hit_quickly"
 
@@ -22,15 +19,6 @@ def cache(arena: Arena):
     made = FolioCache(arena)
     yield made
     made.drop()
-
-
-@asynccontextmanager
-async def kswapd(arena: Arena) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(arena.kswapd)
-        await trio.testing.wait_all_tasks_blocked()
-        yield
-        nursery.cancel_scope.cancel()
 
 
 def take_below(arena: Arena, cache: FolioCache, mark: int, dirty: bool = False) -> None:

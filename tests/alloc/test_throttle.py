@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import pytest
 import trio
 import trio.testing
@@ -22,7 +19,7 @@ from alloc.throttle import (
     TIMEOUT_S,
     WRITEBACK,
 )
-from tests.alloc.caches import FolioCache
+from tests.alloc.caches import FolioCache, kswapd
 
 
 class BusyCache(FolioCache):
@@ -46,15 +43,6 @@ class BusyCache(FolioCache):
                 self.arena.put_folio(pfn)
                 freed += self.arena.lru.release(pfn)
         return freed
-
-
-@asynccontextmanager
-async def kswapd(arena: Arena) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(arena.kswapd)
-        await trio.testing.wait_all_tasks_blocked()
-        yield
-        nursery.cancel_scope.cancel()
 
 
 async def elapsed(arena: Arena, reason: int) -> float:
