@@ -1,9 +1,10 @@
 """The arena: all memory of the filesystem, and the calls that hand it out.
 
-One anonymous mapping. `alloc_folio` and `Slab.alloc` return what was asked for; they may wait, in
-FIFO order, and never fail. The fast path is one jitted call and does not touch trio; the slow path
-takes a ticket, wakes kswapd, reclaims on its own behalf, wakes the cleaners, and sleeps until a
-free serves it (`alloc/slowpath.py`). Another policy than irix makes them raise AllocationFailed.
+One mapping: its pages, and vmalloc's window behind them. `alloc_folio` and `Slab.alloc` return what
+was asked for; they may wait, in FIFO order, and never fail. The fast path is one jitted call and
+does not touch trio; the slow path takes a ticket, wakes kswapd, reclaims on its own behalf, wakes
+the cleaners, and sleeps until a free serves it (`alloc/slowpath.py`). Another policy than irix
+makes them raise AllocationFailed.
 
 A request that could never be served (an order above 10, a size that is no slab size) is a mistake
 in the program and raises ValueError at once. The try_* spellings exist for callers that said with
@@ -78,9 +79,10 @@ from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
 from alloc.topology import ONE, Topology, span_pages
 from alloc.victim import Victims
+from alloc.vmalloc import Vmalloc, map_memory
 from alloc.vmstat import VmStat, meminfo
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, share, watermarks
-from alloc.zoneinfo import all_free_blocks, buddyinfo, extfrag, pagetypeinfo, zoneinfo
+from alloc.zoneinfo import buddyinfo, extfrag, pagetypeinfo, zoneinfo
 
 MEMORY_MIN = 8 << 20
 REFRESH_S = 1.0
@@ -110,7 +112,7 @@ class Arena:
         span = span_pages(self.nr_pages, nodes.nr_nodes)
         # page 0 is reserved, so the first block of the largest order is not whole
         self.order_max = min(ORDER_MAX, span.bit_length() - 2)
-        self._map = mmap.mmap(-1, memory_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map = map_memory(memory_bytes)
         self.mem: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.pages = pages = make_pages(self.nr_pages)
         self.words = make_words(nodes.nr_nodes, zone.room_for_blocks(span))
@@ -118,9 +120,7 @@ class Arena:
         self.nodes = divide(self.words, self.nr_pages, nodes)
         self._several = nodes.nr_nodes > 1
         self._turn = 0  # requests that the mount's policy has placed without an offset
-        borders = [(int(words[W_START]), spanned(words)) for words in self.nodes]
-        spans = [(first << PAGE_SHIFT, pages << PAGE_SHIFT) for first, pages in borders]
-        hostnodes.place(self.mem.ctypes.data, spans)
+        self._place_nodes()
         self._rows = 1  # the trio thread's, and one for each lane
         for words in self.nodes:
             zone.configure(words)
@@ -162,8 +162,15 @@ class Arena:
         self._slab_caches: dict[str, Slab] = {}
         self.mempools: list[Mempool] = []
         self.vmstat.gauge("mempool_waits", lambda: sum(pool.waits for pool in self.mempools))
+        self.vmalloc = Vmalloc(self)
         self.set_policy(policy)
         self.closed = False
+
+    def _place_nodes(self) -> None:
+        """Where the machine has nodes, each of the arena's lies on one."""
+        borders = [(int(words[W_START]), spanned(words)) for words in self.nodes]
+        spans = [(first << PAGE_SHIFT, pages << PAGE_SHIFT) for first, pages in borders]
+        hostnodes.place(self.mem.ctypes.data, spans)
 
     def set_policy(self, policy: Policy) -> None:
         """The rule from now on, also for who waits already; inject counts from here."""
@@ -220,16 +227,6 @@ class Arena:
         if pfn and gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn or None
-
-    def has_block(self, order: int) -> bool:
-        """Whether an ordinary request of this order would find a block, and free memory above min.
-
-        Of the buddy's memory; what rows keep are small blocks.
-        """
-        return any(
-            words[W_FREE] - (1 << order) > words[W_MIN] and any(all_free_blocks(words)[order:])
-            for words in self.nodes
-        )
 
     def get_folio(self, pfn: int) -> None:
         """One more reference to the folio with head page `pfn`."""
@@ -465,7 +462,7 @@ class Arena:
 
     def meminfo(self) -> dict[str, int]:
         """Sizes in KiB under the names of /proc/meminfo."""
-        return meminfo(self.nodes, self.vmstat)
+        return meminfo(self.nodes, self.vmstat) | self.vmalloc.meminfo()
 
     def buddyinfo(self) -> str:
         """Free blocks per order, as /proc/buddyinfo prints them."""
@@ -504,7 +501,7 @@ class Arena:
             return
         assert not self.queue, "the arena is closed while tasks wait for memory"
         self.closed = True
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self._map.madvise(mmap.MADV_REMOVE, 0, self.memory_bytes)
 
 
 class Slab:

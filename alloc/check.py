@@ -89,6 +89,7 @@ def check(arena: Arena) -> None:
     _check_pages(arena, free, listed)
     _check_lru(arena)
     _check_deferred(arena, allocated)
+    _check_vmalloc(arena)
     for slab in arena.slab_caches:
         for words in arena.nodes:
             _check_slab(arena, words, slab)
@@ -110,6 +111,16 @@ def _check_deferred(arena: Arena, allocated: int) -> None:
     deferred = arena.rcu.deferred_bytes
     assert deferred == arena.rcu.pending_bytes(), "bytes that wait for a grace period"
     assert deferred <= allocated * PAGE_SIZE, f"{deferred} bytes deferred were freed already"
+
+
+def _check_vmalloc(arena: Arena) -> None:
+    """Areas show allocated pages, each once, and nobody else has a reference."""
+    shown = arena.vmalloc.shown()
+    assert len(set(shown)) == len(shown) == arena.vmalloc.nr_pages, "a page is shown twice"
+    for pfn in shown:
+        assert int(arena.pages.flags[pfn]) == HEAD, f"page {pfn} is shown: it has other flags"
+        order, refs = int(arena.pages.order[pfn]), int(arena.pages.refs[pfn])
+        assert (order, refs) == (0, 1), f"page {pfn} is shown: order {order}, {refs} references"
 
 
 def _walk(arena: Arena, head: int, what: str) -> list[int]:

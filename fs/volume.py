@@ -339,7 +339,7 @@ class Volume:
 
     def _metadata_is_crowding(self) -> bool:
         dirty = self.bufs.dirty_bytes + self.inodes.dirty_count * DIRTY_INODE_BYTES
-        return dirty > self.arena.mem.size // METADATA_SHARE
+        return dirty > self.arena.memory_bytes // METADATA_SHARE
 
     def enter(self) -> None:
         """A write transaction began."""

@@ -1,9 +1,9 @@
 """The buffer cache: verified metadata blocks, kept in the arena, named by daddr.
 
-A buffer is a descriptor (slab record) and its bytes (a folio, or a slab object for blocks smaller
-than a page). It is read once, checked (CRC first, then the structure's own verifier) and only then
-visible. Modified buffers stay on a dirty list until the metadata writer copies them, stamps their
-CRC and writes neighbours in one device write.
+A buffer is a descriptor (slab record) and its bytes (a folio, pages that vmalloc shows in a row, or
+a slab object for blocks smaller than a page). It is read once, checked (CRC first, then the
+structure's own verifier) and only then visible. Modified buffers stay on a dirty list until the
+metadata writer copies them, stamps their CRC and writes neighbours in one device write.
 
 Invariants: one buffer per daddr; a buffer with holders, dirty or being written is never reclaimed;
 a reader of a block that somebody else reads waits for that read.
@@ -27,6 +27,7 @@ import trio
 from alloc import gfp, lockdep
 from alloc.arena import Arena
 from alloc.jit import kernel
+from alloc.watermarks import KB_PER_PAGE
 from fs.cache.lock import Mutex
 from fs.cache.thread import (
     bucket_of,
@@ -58,7 +59,7 @@ BUF = np.dtype(
         ("lru_next", "u4"),
         ("dirty_prev", "u4"),
         ("dirty_next", "u4"),
-        ("data", "u4"),  # pfn of the folio or index of the slab object
+        ("data", "u4"),  # number of the first page or index of the slab object
     ]
 )
 assert BUF.itemsize == 64
@@ -232,7 +233,7 @@ Runs = tuple[tuple[int, int], ...]
 
 RECLAIM_BATCH = 128
 READING = "buf"  # to the lock-order validator: others wait for whoever brings a block in core
-ASIDE_MOST, ASIDE_SHARE = 32, 8  # blocks set aside; and no more than 1/8 of memory
+RESERVE_BUFFERS, RESERVE_SHARE = 32, 8  # that cleaning may need; and no more than 1/8 of memory
 WRITE_BATCH = 4096  # buffers looked at in one pass of the writer
 
 
@@ -262,32 +263,28 @@ class BufCache:
         self._runs: dict[int, Runs] = {}  # of the few buffers that are not in one piece
         self._writing = trio.Event()
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
-        self._aside: list[int] = []  # folios of _aside_order
-        self._nr_aside = 0
-        self._waiting = 0  # in the arena's line, because none was left
         self._writer = Mutex("buf writer")
         self.counts = {"reads": 0, "writes": 0, "merged_writes": 0, "corrupt": 0}
 
     async def start(self, cleaning: int = PAGE_SIZE) -> None:
         """Take the memory that the cache itself needs: hash buckets and the writer's bounce.
 
-        And, if `cleaning` is more than a page, some blocks: buffers that are needed to clean
-        memory have up to so many bytes.
+        Buffers that are needed to clean memory have up to `cleaning` bytes. If that is more than a
+        page the reserve grows by what a few of them take.
         """
-        pages = max(1, self._arena.mem.size // PAGE_SIZE // 2048)
+        pages = max(1, self._arena.nr_pages // 2048)
         order = min(6, (pages - 1).bit_length())
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
         raw = self.mem[pfn * PAGE_SIZE : (pfn << 12) + (PAGE_SIZE << order)]
         self._buckets = raw.view(np.uint32)
-        order = 4 if self._arena.mem.size < 64 << 20 else 6
+        order = 4 if self._arena.memory_bytes < 64 << 20 else 6
         self._bounce_pfn = await self._arena.alloc_folio(order, gfp.KERNEL)
         self._bounce_bytes = PAGE_SIZE << order
-        self._aside_order = (cleaning // PAGE_SIZE - 1).bit_length() if cleaning > PAGE_SIZE else 0
-        if self._aside_order:
-            share = self._arena.nr_pages // ASIDE_SHARE >> self._aside_order
-            self._nr_aside = min(ASIDE_MOST, share)
-        while len(self._aside) < self._nr_aside:
-            self._aside.append(await self._arena.alloc_folio(self._aside_order))
+        if cleaning > PAGE_SIZE:
+            share = self._arena.nr_pages // RESERVE_SHARE
+            pages = min(RESERVE_BUFFERS * cleaning // PAGE_SIZE, share)
+            least = self._arena.min_free_kbytes + pages * KB_PER_PAGE
+            self._arena.set_watermarks(least, self._arena.watermark_scale_factor)
         self._arena.register_shrinker(self)
 
     # -- lookup ---------------------------------------------------------------------------------
@@ -448,7 +445,7 @@ class BufCache:
         try:
             if size >= PAGE_SIZE:
                 order = (size // PAGE_SIZE - 1).bit_length()
-                data = await self._new_folio(order)
+                data = await self._new_pages(order)
             else:
                 data = await self._small[size].alloc(gfp.KERNEL | gfp.NOFAIL)
         except BaseException:
@@ -462,38 +459,26 @@ class BufCache:
         self._set_runs(handle, runs)
         return handle
 
-    async def _new_folio(self, order: int) -> int:
-        """Memory of a buffer.
+    async def _new_pages(self, order: int) -> int:
+        """Memory of a buffer: a block if there is one, else single pages in a row, as XFS does it.
 
-        Who cleans may have the last page. But when memory is in pieces no larger block may be left,
-        and none will be before something is clean; so some are set aside. Each comes back when
-        its buffer is idle: after the metadata writer, which needs none, has taken it home. Half
-        of them are for anybody, because cleaning waits for the locks of transactions.
+        Who cleans memory may have the last page, but there may be no larger block before something
+        is clean.
         """
-        if not 0 < order <= self._aside_order or self._arena.has_block(order):
-            return await self._arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)
-        cleans = gfp.current_scope() & gfp.MEMALLOC
-        # what is set aside does as well, but is for those for whom reclaim finds nothing
-        pfn = self._arena.try_alloc_folio(order, gfp.NOWAIT if cleans else gfp.RETRY_MAYFAIL)
+        if not order:
+            return await self._arena.alloc_folio(0, gfp.KERNEL | gfp.NOFAIL)
+        # what reclaim and compaction would cost is more than a mapping for each page
+        pfn = self._arena.try_alloc_folio(order, gfp.NOWAIT)
         if pfn is not None:
             return pfn
-        least = 0 if cleans else self._nr_aside // 2
-        if len(self._aside) <= least:
-            self.scan_objects(2 * self.count_objects(), gfp.NOFS)
-        if len(self._aside) > least:
-            return self._aside.pop()
-        self._waiting += 1
-        try:
-            return await self._arena.alloc_folio(order, gfp.KERNEL | gfp.NOFAIL)
-        finally:
-            self._waiting -= 1
+        self._arena.vmstat.add("buf_backing_fallback")
+        return await self._arena.vmalloc.alloc(1 << order, gfp.KERNEL | gfp.NOFAIL)
 
-    def _free_folio(self, pfn: int) -> None:
-        wanted = len(self._aside) < self._nr_aside and not self._waiting
-        if wanted and self._arena.pages.order[pfn] == self._aside_order:
-            self._aside.append(pfn)
+    def _free_pages(self, page: int) -> None:
+        if self._arena.vmalloc.covers(page):
+            self._arena.vmalloc.free(page)
         else:
-            self._arena.put_folio(pfn)
+            self._arena.put_folio(page)
 
     def _corrupt(self, ops: BufOps, daddr: int, fault: str) -> Corrupt:
         self.counts["corrupt"] += 1
@@ -533,7 +518,7 @@ class BufCache:
         record["daddr"] = -1
         self._runs.pop(handle, None)
         if size >= PAGE_SIZE:
-            self._free_folio(data)
+            self._free_pages(data)
         else:
             self._small[size].free(data)
         self._slab.free(handle)

@@ -272,7 +272,7 @@ class DentryCache:
 
     async def start(self) -> None:
         """Take the memory of the hash buckets."""
-        pages = max(1, self._arena.mem.size // PAGE_SIZE // PAGES_PER_BUCKET_PAGE)
+        pages = max(1, self._arena.nr_pages // PAGES_PER_BUCKET_PAGE)
         order = min(8, (pages - 1).bit_length())
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
         raw = self._arena.mem[pfn * PAGE_SIZE : pfn * PAGE_SIZE + (PAGE_SIZE << order)]

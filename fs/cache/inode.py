@@ -172,7 +172,7 @@ class InodeCache:
         self._arena.register_shrinker(self)
 
     async def _new_buckets(self) -> np.ndarray[Any, np.dtype[np.uint32]]:
-        pages = max(1, self._arena.mem.size // 4096 // 2048)
+        pages = max(1, self._arena.nr_pages // 2048)
         order = min(6, (pages - 1).bit_length())
         pfn = await self._arena.alloc_folio(order, gfp.KERNEL | gfp.ZERO)
         return self._arena.mem[pfn << 12 : (pfn << 12) + (4096 << order)].view(np.uint32)

@@ -308,7 +308,7 @@ async def test_a_stall_is_reported_once_with_names(
 
 async def test_close_releases_the_memory_under_views(arena: Arena) -> None:
     other = Arena(8 << 20)
-    view = other.mem
+    view = other.mem[: other.memory_bytes]
     view[:] = 1
     other.close()
     other.close()

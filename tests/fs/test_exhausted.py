@@ -221,6 +221,7 @@ async def test_readahead_gives_way(
 
     monkeypatch.setattr(readahead, "_take_folios", take_and_look_again)
     async with opened(support.mkfs(scratch), 8 << 20) as vol, a_file(vol) as ip:
+        vol.arena.set_watermarks(256, vol.arena.watermark_scale_factor)  # half of it is a window
         await file.write(vol, ip, 0, CONTENT * 8)
         await file.fsync(vol, ip)
         drop_caches(vol)
