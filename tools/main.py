@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ from fs.errors import UserError
 
 __all__ = ["app", "main"]
 
+EXIT_SIGNAL = 128  # cut off by a signal, its number added, as shells have it
 EXIT_DIFFERENCE = 10  # a comparison with a model or a mirror was not equal
 
 Memory = Annotated[str, typer.Option(help="Size of the arena.")]
@@ -168,8 +170,10 @@ def lab(
     """Endurance: eight writers, a stat storm, large folios and unlink floods in a small arena.
 
     On a mount in a control group under each policy, then on a volume on a virtual clock.
+    Cut off by SIGINT or SIGTERM it reports how far it came, and leaves nothing behind.
     """
     from tools.lab import endurance, report
+    from tools.lab.cut import Cut
     from tools.lab.virtual import hour
 
     words = tuple(mkfs.split())
@@ -179,15 +183,22 @@ def lab(
         endurance.Plan(rule, 60 * time, memory, files, words, dirty_ratio, times_memory)
         for rule, time in zip(rules, times, strict=True)
     ]
-    outcomes = [endurance.run(plan) for plan in plans if plan.seconds]
-    plan = replace(plans[0], policy="irix", seconds=virtual)
-    hours = hour(plan, 60 * virtual_minutes) if virtual else None
+    outcomes, hours, cut = [], None, Cut()
+    with cut.listening(), suppress(KeyboardInterrupt):
+        for plan in plans:
+            if plan.seconds and not cut:
+                outcomes.append(endurance.run(plan, cut=cut))
+        if virtual and not cut:
+            plan = replace(plans[0], policy="irix", seconds=virtual)
+            hours = hour(plan, 60 * virtual_minutes, cut=cut)
     if as_json:
         typer.echo(json.dumps(report.as_json(outcomes, hours), indent=2))
     else:
         report.show(outcomes, hours)
     if any(outcome.problems() for outcome in outcomes) or (hours and hours.problems()):
         raise typer.Exit(EXIT_DIFFERENCE)
+    if cut:
+        raise typer.Exit(EXIT_SIGNAL + cut.signal)
 
 
 if __name__ == "__main__":

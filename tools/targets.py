@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fs import mounts
 from fs.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,11 +145,15 @@ def repair(image: Path) -> tuple[bool, str]:
 
 
 def unmount(path: Path) -> None:
-    """Unmount `path`; lazily if it is busy, so that nothing stays behind."""
-    tool = ["umount"] if is_root() else ["fusermount3", "-u"]
-    if subprocess.run([*tool, str(path)], capture_output=True).returncode and os.path.ismount(path):
-        lazy = "-l" if is_root() else "-z"
-        subprocess.run([*tool, lazy, str(path)], capture_output=True)
+    """Unmount `path`; lazily if it is busy, so that nothing stays behind.
+
+    umount(8) looks at the place first, and would wait for a daemon that does not answer.
+    """
+    try:
+        mounts.unmount(str(path))
+    except OSError:
+        if mounts.find(str(path)):
+            mounts.unmount(str(path), lazy=True)
 
 
 def child_environment() -> dict[str, str]:
@@ -210,6 +215,7 @@ def ours(
             stderr=sink,
             env=child_environment(),
             cwd="/",
+            start_new_session=True,  # the terminal's Ctrl-C is for us, who end it
         )
     note = f"cache={cache} memory={memory}"
     mount = OurMount("nofailfs", where, note, image=image, memory=memory, process=process, log=log)

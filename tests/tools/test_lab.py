@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,12 +22,15 @@ import trio.testing
 from rich.console import Console
 
 from alloc.arena import Arena
-from fs import file
+from fs import file, mounts, runfile
+from fs.mounts import Mount
 from tests import support
 from tools.lab import endurance, pattern, report, virtual
 from tools.lab.cgroup import limited
+from tools.lab.cut import Cut
 from tools.lab.files import Counted, Ended, Tally
 from tools.lab.loads import CELL, LOADS, Sizes, crew, run
+from tools.targets import child_environment, program
 
 SMALL = Sizes(writers=2, writer_bytes=8 * CELL, files=40, large_bytes=2 << 20, flood_files=60)
 
@@ -174,6 +181,44 @@ def test_a_control_group_holds_to_its_limit() -> None:
     assert not path.exists()
 
 
+def fake_hierarchy(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 at `where`, as far as files go: a new directory is a group and has its files."""
+    mkdir = Path.mkdir
+
+    def make_group(path: Path) -> None:
+        mkdir(path)
+        for name in ("memory.max", "memory.swap.max", "cgroup.procs"):
+            (path / name).write_text("max")
+        (path / "memory.peak").write_text("4711\n")
+        (path / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 1\n")
+
+    (where / "cgroup.controllers").write_text("cpu io memory pids\n")
+    (where / "cgroup.subtree_control").write_text("")
+    table = [Mount("0:30", str(where), ("rw",), "cgroup2", "cgroup2", ("rw",))]
+    monkeypatch.setattr("fs.mounts.table", lambda: table)
+    monkeypatch.setattr(Path, "mkdir", make_group)
+    monkeypatch.setattr(Path, "rmdir", shutil.rmtree)  # the kernel does not mind a group's files
+
+
+def test_a_control_group_of_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hierarchy(tmp_path, monkeypatch)
+    with limited(48 << 20) as group:
+        assert group is not None
+        assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
+        assert (group.path / "memory.max").read_text() == str(48 << 20)
+        assert (group.path / "memory.swap.max").read_text() == "0"
+        done = subprocess.run([*group.launcher(), "sh", "-c", "echo $$"], capture_output=True)
+        assert (group.path / "cgroup.procs").read_text().encode() == done.stdout
+        assert (group.peak, group.oom_kills) == (4711, 2)
+        (group.path / "memory.peak").unlink()
+        assert group.peak is None
+        path = group.path
+    assert not path.exists()
+    (tmp_path / "cgroup.controllers").write_text("cpu io pids\n")
+    with limited(48 << 20) as group:
+        assert group is None
+
+
 # -- the runs ----------------------------------------------------------------------------------
 
 SHORT = endurance.Plan(seconds=2, files=400, times_memory=1.5, writers=2, flood_files=50)
@@ -268,6 +313,93 @@ def flat(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [inner for each in error.exceptions for inner in flat(each)]
     return [error]
+
+
+# -- cut off ------------------------------------------------------------------------------------
+
+
+def test_a_signal_raises_once_or_is_noted() -> None:
+    cut = Cut()
+    with cut.listening():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert cut.name == "SIGTERM"
+    cut = Cut()
+    with cut.listening(), cut.polling():
+        signal.raise_signal(signal.SIGHUP)
+        assert cut
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGALRM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+async def test_a_load_leaves_what_it_is_at(autojump_clock: trio.testing.MockClock) -> None:
+    cut = Cut(polled=True)
+    async with trio.open_nursery() as nursery:
+
+        async def signalled() -> None:
+            await trio.sleep(1.005)
+            cut.signal = signal.SIGTERM
+
+        nursery.start_soon(signalled)
+        tally = await run("writer", InMemory(), 0, 1000, SMALL, cut=cut)
+    assert tally.ended == "cut off"
+    assert 95 < tally.operations <= 102
+
+
+def test_the_hour_cut_off_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = Cut(polled=True)
+    check, looks = Arena.check, []
+
+    def cut_at_the_second(arena: Arena) -> None:
+        check(arena)
+        looks.append(trio.current_time())
+        if len(looks) == 2:
+            cut.signal = signal.SIGTERM
+
+    monkeypatch.setattr(Arena, "check", cut_at_the_second)
+    hour = virtual.hour(replace(HOUR, seconds=3600), 60, quiet=True, cut=cut)
+    assert hour.problems() == []
+    assert hour.seconds < 120
+    assert hour.vmstat["alloc_waits"] >= 0
+    assert "cut off by SIGTERM" in text_of([], hour)
+
+
+@pytest.mark.slow
+@pytest.mark.mount
+@support.needs_fuse
+@support.needs_root
+@pytest.mark.parametrize("stuck", [False, True])
+def test_the_lab_cut_off_leaves_nothing_behind(stuck: bool, tmp_path: Path) -> None:
+    """Also with a daemon that does not answer; then it is killed."""
+    words = ["lab", "--policy", "irix", "--minutes", "5", "--files", "100", "--times-memory", "1"]
+    environment = child_environment() | {"NOFAILFS_SCRATCH": str(tmp_path)}
+    lab = subprocess.Popen(
+        program(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    )
+    assert lab.stderr is not None
+    while "irix: loads" not in (line := lab.stderr.readline()):
+        assert line, "the lab ended"
+    (mnt,) = tmp_path.glob("*/mnt")
+    record = runfile.of_mountpoint(str(mnt))
+    assert record is not None
+    daemon = record.pid
+    support.wait_until((mnt / "writers/0").exists, "no writer")
+    if stuck:
+        os.kill(daemon, signal.SIGSTOP)
+    lab.send_signal(signal.SIGTERM)
+    out, err = lab.communicate(timeout=60)
+    assert lab.returncode == (10 if stuck else 128 + signal.SIGTERM), err
+    assert "cut off by SIGTERM" in out
+    writes = re.search(r"writer: operations +\S +(\S+) ", out)
+    assert writes is not None
+    assert (writes.group(1) == "-") is stuck
+    assert ("the daemon ended with -9" in out) is stuck
+    assert not list(tmp_path.iterdir())
+    assert not [each for each in mounts.table() if str(tmp_path) in each.mountpoint]
+    assert not list(Path("/sys/fs/cgroup").rglob(f"nofailfs-lab-{lab.pid}"))
+    assert not Path(f"/proc/{daemon}").exists()
 
 
 def test_the_plan_is_the_issue(tmp_path: Path) -> None:

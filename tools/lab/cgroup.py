@@ -1,9 +1,9 @@
 """A control group with a limit of memory, of version 2 or 1, to hold a daemon to its promise.
 
-What is over the limit and cannot be reclaimed ends in the kernel's OOM killer, so a run that gets
-through has shown the bound. The daemon enters the group before it runs its first instruction. The
-image's pages are the charge of whoever touched them first, and page cache of files is reclaimable,
-so neither counts against the daemon.
+What is over the limit and cannot be reclaimed ends in the kernel's OOM killer, and swap is no way
+around it, so a run that gets through has shown the bound. The daemon enters the group before it
+runs its first instruction. The image's pages are the charge of whoever touched them first, and page
+cache of files is reclaimable, so neither counts against the daemon.
 
 Making a group needs root and a hierarchy that can be written; `limited` yields None where there is
 none, and the peak resident size is then the only witness.
@@ -29,16 +29,22 @@ class Names:
     """What a version calls its files."""
 
     limit: str
-    peak: str
-    events: str
-    oom: str  # the counter of kills, in `events`
+    peak: str  # version 2 has had it since Linux 5.19
+    events: str  # with a line `oom_kill`
+    swap: str  # where the kernel counts swap
+    swap_of_limit: int  # what goes there, as a multiple of the limit
 
 
 VERSIONS = {
-    "cgroup2": Names("memory.max", "memory.peak", "memory.events", "oom_kill"),
-    "cgroup": Names("memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control",
-                    "oom_kill"),
-}  # fmt: skip
+    "cgroup2": Names("memory.max", "memory.peak", "memory.events", "memory.swap.max", 0),
+    "cgroup": Names(
+        "memory.limit_in_bytes",
+        "memory.max_usage_in_bytes",
+        "memory.oom_control",
+        "memory.memsw.limit_in_bytes",
+        1,
+    ),
+}
 
 
 @dataclass
@@ -54,15 +60,16 @@ class Cgroup:
         return ["sh", "-c", f'echo $$ >"{self.path}/cgroup.procs" && exec "$@"', "sh"]
 
     @property
-    def peak(self) -> int:
-        """The most bytes that were charged at a time, reclaimable page cache included."""
-        return int((self.path / self.names.peak).read_text())
+    def peak(self) -> int | None:
+        """The most bytes charged at a time, reclaimable page cache included; None: unknown."""
+        path = self.path / self.names.peak
+        return int(path.read_text()) if path.exists() else None
 
     @property
     def oom_kills(self) -> int:
         """Processes that the kernel killed for want of memory."""
         text = (self.path / self.names.events).read_text()
-        found = re.search(rf"^{self.names.oom} (\d+)$", text, re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
         return int(found.group(1)) if found else 0
 
 
@@ -100,6 +107,8 @@ def limited(limit: int) -> Iterator[Cgroup | None]:
     try:
         group.path.mkdir()
         (group.path / names.limit).write_text(str(limit))
+        if (group.path / names.swap).exists():
+            (group.path / names.swap).write_text(str(limit * names.swap_of_limit))
     except OSError:
         _remove(group.path)
         yield None

@@ -4,6 +4,9 @@ First the storm's files are made, then all loads run side by side, each a proces
 of the plan; then the image is unmounted and `xfs_repair -n` judges it. While it runs the reports of
 the mount are read once a second, because a mount that shuts down takes them with it.
 
+A run that is cut off ends its loads, which say what they did so far, and then the mount; both have
+some seconds for it. Only what the end of a run shows is missing in its outcome.
+
 Under irix `problems` must find nothing. Under the other policies the failures and the shutdown
 are the result, and only bytes that nobody wrote are a problem.
 """
@@ -12,10 +15,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,6 +29,7 @@ from fs import warmup
 from fs.enomem import ENDS
 from fs.front.options import escape
 from tools.lab.cgroup import Cgroup, limited
+from tools.lab.cut import ENDED, Cut
 from tools.lab.files import Tally
 from tools.lab.loads import CELL, Sizes, crew
 from tools.progress import Progress
@@ -43,6 +50,8 @@ RSS_CONSTANT = 250 << 20  # interpreter, numpy, compiler and compiled kernels
 STARVED_S = 30.0  # a wait for memory that is as long is no wait any more
 HANG_S = 900.0  # beyond the plan's time: the daemon is stuck, and is killed
 SAMPLE_S = 1.0
+SAY_S = 30.0
+CUT_S = 10.0  # in which loads that are cut off have to end
 COMPLAINTS_KEPT = 8
 STALL = "possible memory allocation deadlock"  # somebody waits, as irix promises, and says so
 
@@ -108,6 +117,7 @@ class Outcome:
     complaints: list[str] = field(default_factory=list)
     clean: bool = False
     repair: str = ""
+    cut: str = ""  # by which signal
 
     @property
     def requests_failed(self) -> dict[str, int]:
@@ -134,33 +144,60 @@ class Outcome:
         found += [f"{count} requests failed: {name}" for name, count in
                   self.requests_failed.items()]  # fmt: skip
         found += [f"{tally.load} ended: {tally.ended}" for tally in self.tallies.values()
-                  if tally.ended]  # fmt: skip
+                  if tally.ended not in ("", ENDED)]  # fmt: skip
         found += [line for line in self.complaints if STALL not in line]
         if self.longest_wait >= STARVED_S:
             found.append(f"somebody waited {self.longest_wait:.1f} s for memory")
         if self.exit_status or self.end:
             found.append(f"the daemon ended with {self.exit_status}: {self.end}")
-        if not self.clean:
+        if not self.clean and not self.cut:
             found.append(f"xfs_repair -n: {self.repair[-300:]}")
         return found
 
 
+def waits(vmstat: Mapping[str, int]) -> str:
+    """How many requests had to wait for memory, and how long the longest did so far."""
+    longest = vmstat.get("alloc_wait_longest_ms", 0) / 1000
+    return f"{vmstat.get('alloc_waits', 0):,} waits for memory, the longest {longest:.2f} s"
+
+
 class Crew:
-    """Loads as processes."""
+    """Loads as processes. Context manager: those that are left at its end are killed."""
 
     def __init__(self, root: Path, loads: list[tuple[str, int]], plan: Plan, log: Path) -> None:
         words = json.dumps(asdict(plan.sizes))
         self._log = log
+        self._children: list[subprocess.Popen[bytes]] = []
         with open(log, "ab") as sink:
-            self._children = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "tools.lab.loads", load, str(root), str(number),
-                     str(plan.seconds), words],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=sink, cwd="/",
-                    env=child_environment(),
-                )
-                for load, number in loads
-            ]  # fmt: skip
+            for load, number in loads:
+                self._children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tools.lab.loads", load, str(root), str(number),
+                         str(plan.seconds), words],
+                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=sink, cwd="/",
+                        env=child_environment(), start_new_session=True,
+                    )
+                )  # fmt: skip
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for child in self._children:
+            child.kill()  # nothing, if it has ended; one that waits for the mount ends with that
+
+    def cut_off(self) -> list[Tally]:
+        """Have all end what they are at; the tallies of those that do so in time."""
+        for child in self._children:
+            child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + CUT_S
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [
+            Tally(**json.loads(child.communicate()[0]))
+            for child in self._children
+            if child.poll() == 0
+        ]
 
     @property
     def running(self) -> int:
@@ -190,6 +227,29 @@ def sample(mount: OurMount, outcome: Outcome) -> None:
                       (line.split() for line in text.splitlines())}  # fmt: skip
 
 
+@contextmanager
+def sampled(mount: OurMount, outcome: Outcome) -> Iterator[None]:
+    """`sample` once a second and at the end.
+
+    By a thread: who waits for a mount that does not answer hears no signal.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(SAMPLE_S):
+            sample(mount, outcome)
+        sample(mount, outcome)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+        over.set()
+        thread.join(CUT_S)
+    finally:
+        over.set()
+
+
 def work(mount: OurMount, outcome: Outcome, bar: Progress) -> None:
     """Set up, then all loads side by side."""
     plan = outcome.plan
@@ -197,20 +257,36 @@ def work(mount: OurMount, outcome: Outcome, bar: Progress) -> None:
         (mount.path / ".nofail/sys" / path).write_text(str(value))
     log = mount.log.with_suffix(".loads")
     for phase, loads in (("setup", [("plant", 0), ("plant", 1)]), ("loads", crew(plan.sizes))):
-        began = time.monotonic()
         bar.say(f"{plan.policy}: {phase}")
-        loads_of_phase = Crew(mount.path, loads, plan, log)
-        while loads_of_phase.running:
-            time.sleep(SAMPLE_S)
-            sample(mount, outcome)
-            if phase == "loads":
-                bar.advance(min(int(time.monotonic() - began), bar.total) - bar.done)
-        for tally in loads_of_phase.tallies():
-            outcome.tallies.setdefault(tally.load, Tally(tally.load)).add(tally)
-        outcome.seconds[phase] = time.monotonic() - began
+        with sampled(mount, outcome), Crew(mount.path, loads, plan, log) as at_work:
+            try:
+                _watch(at_work, outcome, phase, bar)
+                _add(outcome, at_work.tallies())
+            except KeyboardInterrupt:
+                _add(outcome, at_work.cut_off())
+                raise
         if any(tally.ended for tally in outcome.tallies.values()):
             return
-    sample(mount, outcome)
+
+
+def _add(outcome: Outcome, tallies: list[Tally]) -> None:
+    for tally in tallies:
+        outcome.tallies.setdefault(tally.load, Tally(tally.load)).add(tally)
+
+
+def _watch(at_work: Crew, outcome: Outcome, phase: str, bar: Progress) -> None:
+    """Until the loads have ended; says now and then how it goes."""
+    began = said = time.monotonic()
+    while at_work.running:
+        time.sleep(SAMPLE_S)
+        now = time.monotonic()
+        outcome.seconds[phase] = now - began
+        if phase == "loads":
+            bar.advance(min(int(now - began), bar.total) - bar.done)
+        if now - said >= SAY_S:
+            said = now
+            policy = outcome.plan.policy
+            bar.say(f"{policy}: {phase}, {now - began:.0f} s, {waits(outcome.vmstat)}")
 
 
 def _read_log(log: Path, outcome: Outcome) -> None:
@@ -229,8 +305,10 @@ def _mounted(image: Path, group: Cgroup | None, outcome: Outcome, bar: Progress)
     options = f"policy={escape(plan.policy)}"
     launcher = group.launcher() if group else ()
     where = image.with_name("mnt")
+    mounted = []
     try:
         with ours(image, where, plan.memory, options=options, launcher=launcher) as mount:
+            mounted.append(mount)
             hang = threading.Timer(plan.seconds + HANG_S, mount.process.kill)
             hang.daemon = True
             hang.start()
@@ -240,23 +318,36 @@ def _mounted(image: Path, group: Cgroup | None, outcome: Outcome, bar: Progress)
                 hang.cancel()
     except TargetError as error:
         outcome.end = str(error).split("\n")[0]
-    outcome.exit_status = mount.process.returncode
-    _read_log(mount.log, outcome)
+    finally:
+        for mount in mounted:
+            outcome.exit_status = mount.process.returncode
+            _read_log(mount.log, outcome)
 
 
-def run(plan: Plan, quiet: bool = False) -> Outcome:
-    """The whole of it. Raises TargetError when it could not even begin."""
+def run(plan: Plan, quiet: bool = False, cut: Cut | None = None) -> Outcome:
+    """The whole of it, or as far as it came. Raises TargetError when it could not even begin."""
     outcome = Outcome(plan)
-    with Progress("lab", int(plan.seconds / SAMPLE_S), quiet) as bar:
-        warmup.warm()  # compiling takes more memory than the control group allows
-        with scratch_dir(plan.image_size) as scratch, limited(plan.limit) as group:
-            if group is None:
-                bar.say("no control group can be made here: the resident size is watched instead")
-            image = make_image(scratch / "image", plan.image_size, plan.mkfs)
-            with open(image, "r+b") as file:  # its pages are our charge, not the daemon's
-                subprocess.run(["fallocate", "-l", str(plan.image_size), file.name], check=True)
+    try:
+        with Progress("lab", int(plan.seconds / SAMPLE_S), quiet) as bar:
+            _run(plan, outcome, bar)
+    except KeyboardInterrupt:
+        if not cut:
+            raise
+        outcome.cut = cut.name
+    return outcome
+
+
+def _run(plan: Plan, outcome: Outcome, bar: Progress) -> None:
+    warmup.warm()  # compiling takes more memory than the control group allows
+    with scratch_dir(plan.image_size) as scratch, limited(plan.limit) as group:
+        if group is None:
+            bar.say("no control group can be made here: the resident size is watched instead")
+        image = make_image(scratch / "image", plan.image_size, plan.mkfs)
+        with open(image, "r+b") as file:  # its pages are our charge, not the daemon's
+            subprocess.run(["fallocate", "-l", str(plan.image_size), file.name], check=True)
+        try:
             _mounted(image, group, outcome, bar)
+        finally:
             if group is not None:
                 outcome.cgroup_peak, outcome.oom_kills = group.peak, group.oom_kills
-            outcome.clean, outcome.repair = repair(image)
-    return outcome
+        outcome.clean, outcome.repair = repair(image)

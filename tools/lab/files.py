@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
+from tools.lab.cut import ENDED, Cut
+
 T = TypeVar("T")
 NOFOLLOW, FORCE_SYNC = 0x100, 0x2000  # statx(2)
 STATX_SIZE, STATX_BYTES, SIZE_AT = 0x200, 256, 40
@@ -170,12 +172,18 @@ class Tally:
 
 
 class Counted:
-    """The operations of one load, and their tally; `is_over`: finish what you are at."""
+    """The operations of one load, and their tally.
 
-    def __init__(self, files: Files, tally: Tally, is_over: Callable[[], bool]) -> None:
+    `is_over`: finish what you are at. `cut`: leave it.
+    """
+
+    def __init__(
+        self, files: Files, tally: Tally, is_over: Callable[[], bool], cut: Cut | None = None
+    ) -> None:
         self.files = files
         self.tally = tally
         self._is_over = is_over
+        self._cut = Cut() if cut is None else cut
 
     def over(self) -> bool:
         """Whether the load should finish what it is at."""
@@ -186,7 +194,10 @@ class Counted:
         await self.files.pause()
         began = trio.current_time()
         try:
-            return await operation
+            result = await operation
+            if self._cut:
+                raise Ended(ENDED)
+            return result
         except OSError as error:
             number = error.errno or 0
             self.tally.failed(f"{name} {errno.errorcode.get(number, number)}")

@@ -7,7 +7,7 @@ removes small files around it, so that large folios are wanted when memory is in
 makes many files and unlinks them at once, some while they are open.
 
 A load ends its round when time is over, so that what it wrote is compared. The first round is
-always a whole one.
+always a whole one. SIGTERM has it leave what it is at, and say what it did until then.
 
     python -m tools.lab.loads LOAD ROOT NUMBER SECONDS JSON
 """
@@ -19,12 +19,14 @@ import random
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from tools.lab import pattern
+from tools.lab.cut import Cut
 from tools.lab.files import Counted, Ended, Files, Mounted, Tally
 
 CELL = 64 << 10  # what a writer keeps book of
@@ -289,11 +291,12 @@ async def run(
     seconds: float,
     sizes: Sizes,
     gives_up: Callable[[], bool] = lambda: False,
+    cut: Cut | None = None,
 ) -> Tally:
     """One load for `seconds` of trio's clock, or until it gives up, and what came of it."""
     tally = Tally(load)
     until = trio.current_time() + seconds
-    work = Counted(files, tally, lambda: trio.current_time() >= until or gives_up())
+    work = Counted(files, tally, lambda: trio.current_time() >= until or gives_up(), cut)
     try:
         await (LOADS | SETUP)[load](work, number, sizes)
     except Ended as end:
@@ -304,8 +307,11 @@ async def run(
 def main(load: str, root: str, number: str, seconds: str, sizes: str) -> None:
     """One load in this process; its tally goes to standard output as JSON."""
     chosen = Sizes(**json.loads(sizes))
-    tally = trio.run(run, load, Mounted(Path(root)), int(number), float(seconds), chosen)
-    print(json.dumps(asdict(tally)))
+    cut = Cut(polled=True)
+    with cut.listening():
+        files = Mounted(Path(root))
+        work = partial(run, load, files, int(number), float(seconds), chosen, cut=cut)
+        print(json.dumps(asdict(trio.run(work))))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tools.lab.cut import ENDED
 from tools.lab.endurance import Outcome
 from tools.lab.loads import LOADS
 from tools.lab.virtual import Hour
@@ -60,6 +61,8 @@ def rows(outcome: Outcome) -> dict[str, str]:
         "daemon's exit status": str(outcome.exit_status),
         "xfs_repair -n": "clean" if outcome.clean else "not clean",
     }  # fmt: skip
+    if outcome.cut:
+        column |= {"shutdown": f"{ENDED} by {outcome.cut}", "xfs_repair -n": "not looked at"}
     return column
 
 

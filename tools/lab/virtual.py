@@ -28,7 +28,8 @@ from fs.device.image import Memory
 from fs.front import sysctl
 from fs.mount import format_image
 from fs.volume import Volume
-from tools.lab.endurance import STARVED_S, Plan
+from tools.lab.cut import ENDED, Cut
+from tools.lab.endurance import SAY_S, STARVED_S, Plan, waits
 from tools.lab.files import Tally
 from tools.lab.loads import crew, run
 from tools.progress import Progress
@@ -154,6 +155,7 @@ class Hour:
     vmstat: dict[str, int] = field(default_factory=dict)
     checks: int = 0
     clean: bool = False
+    cut: str = ""  # by which signal
 
     @property
     def steps(self) -> int:
@@ -170,7 +172,7 @@ class Hour:
         found = [wrong for tally in self.tallies.values() for wrong in tally.wrong]
         for tally in self.tallies.values():
             found += [f"{count} times {name}" for name, count in tally.failures.items()]
-            found += [tally.ended] if tally.ended else []
+            found += [tally.ended] if tally.ended not in ("", ENDED) else []
         if self.longest_wait >= STARVED_S:
             found.append(f"somebody waited {self.longest_wait:.1f} s for memory")
         if not self.clean:
@@ -188,6 +190,7 @@ class Hour:
             f"virtual clock: {self.vmstat.get('alloc_waits', 0):,} waits for memory, the longest "
             f"{self.longest_wait:.2f} s; the longest operation {longest.longest:.1f} s "
             f"({longest.load} {longest.longest_name}); the validator looked {self.checks} times",
+            *([f"virtual clock: {ENDED} by {self.cut}"] if self.cut else []),
             *(f"virtual clock: PROBLEM {problem}" for problem in self.problems()),
         ]
 
@@ -195,12 +198,14 @@ class Hour:
 class _Run:
     """A run that is under way; `plan.seconds` are virtual."""
 
-    def __init__(self, plan: Plan, real_seconds: float, bar: Progress) -> None:
+    def __init__(self, plan: Plan, real_seconds: float, bar: Progress, cut: Cut) -> None:
         self.plan = plan
         self.bar = bar
+        self.cut = cut
         self.hour = Hour()
         self._real_end = time.monotonic() + real_seconds
-        self._crews = 0
+        self._say_at = time.monotonic() + SAY_S
+        self._began = 0.0
 
     async def volume(self, disk: Disk) -> None:
         """The whole life of the volume."""
@@ -214,11 +219,16 @@ class _Run:
                 await self._loads(files, [("plant", 0), ("plant", 1)], vol)
                 self._began = trio.current_time()
                 await self._loads(files, crew(self.plan.sizes), vol)
-                self.hour.seconds = trio.current_time() - self._began
+                self._look(vol)
             finally:
                 await files.close_all()
             vol.arena.check()
-            self.hour.vmstat = dict(vol.arena.vmstat)
+
+    def _look(self, vol: Volume) -> None:
+        """Note how far it has come."""
+        self.hour.vmstat = dict(vol.arena.vmstat)
+        if self._began:
+            self.hour.seconds = trio.current_time() - self._began
 
     async def _loads(self, files: InVolume, loads: list[tuple[str, int]], vol: Volume) -> None:
         async with trio.open_nursery() as nursery:
@@ -229,8 +239,10 @@ class _Run:
             nursery.cancel_scope.cancel()
 
     async def _load(self, load: str, files: InVolume, number: int) -> None:
-        seconds = self.plan.seconds
-        tally = await run(load, files, number, seconds, self.plan.sizes, self._out_of_time)
+        plan = self.plan
+        tally = await run(
+            load, files, number, plan.seconds, plan.sizes, self._out_of_time, self.cut
+        )
         self.hour.tallies.setdefault(load, Tally(load)).add(tally)
 
     def _out_of_time(self) -> bool:
@@ -242,24 +254,41 @@ class _Run:
             await trio.sleep(CHECK_S)
             vol.arena.check()
             self.hour.checks += 1
+            self._look(vol)
+            if time.monotonic() >= self._say_at:
+                self._say_at = time.monotonic() + SAY_S
+                so_far = f"{self.hour.seconds:,.0f} s, {waits(self.hour.vmstat)}"
+                self.bar.say(f"virtual clock: {so_far}")
             self.bar.advance(min(int(CHECK_S), self.bar.total - self.bar.done))
 
 
-def hour(plan: Plan, real_seconds: float, quiet: bool = False) -> Hour:
+def _run(work: _Run, disk: Disk, cut: Cut) -> None:
+    """On the virtual clock; what is stuck when it is cut off stays as it is."""
+    try:
+        trio.run(work.volume, disk, clock=trio.testing.MockClock(autojump_threshold=0))
+    except BaseException:
+        if cut:
+            return
+        raise
+
+
+def hour(plan: Plan, real_seconds: float, quiet: bool = False, cut: Cut | None = None) -> Hour:
     """The loads for `plan.seconds` of the virtual clock, or as long as `real_seconds` last.
 
-    What a load has begun it finishes. Raises TargetError if the validator or anything else found
-    a mistake.
+    What a load has begun it finishes, unless the run is cut off. Raises whatever the validator, or
+    anything else, found wrong.
     """
+    cut = Cut() if cut is None else cut
     warmup.warm()
     disk = Disk(plan.image_size)
     try:
         with Progress("virtual clock", int(plan.seconds), quiet) as bar:
             format_image(disk.path, " ".join(plan.mkfs))
             began = time.monotonic()
-            work = _Run(plan, real_seconds, bar)
-            clock = trio.testing.MockClock(autojump_threshold=0)
-            trio.run(work.volume, disk, clock=clock)
+            work = _Run(plan, real_seconds, bar, cut)
+            with cut.polling():
+                _run(work, disk, cut)
+            work.hour.cut = cut.name
             work.hour.real = time.monotonic() - began
         work.hour.clean, _ = repair(Path(disk.path))
     finally:
