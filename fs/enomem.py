@@ -4,7 +4,7 @@ Under `irix` none fails and nothing here is ever called. Under the others (`allo
 allocator raises AllocationFailed, which is no OSError, so it passes every handler on its way to one
 of these ends, and everything in between is tidied by `finally` and context managers:
 
-- the reply to a request: ENOMEM (`fs/front/guard.py`);
+- the reply to a request: ENOMEM (`fs/front/guard.py`), or of a write what was copied before;
 - a transaction that is dirty, or a chain of them that is one change: a forced shutdown, and the
   reply;
 - the writing of a folio: it stays dirty and its mapping keeps the error for the next fsync
@@ -60,6 +60,13 @@ def failed_allocation(error: BaseException) -> AllocationFailed | None:
 def _first(group: BaseExceptionGroup[AllocationFailed]) -> AllocationFailed:
     inner = group.exceptions[0]
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def told_less(vol: Volume, error: BaseException) -> None:
+    """A request that ended early is answered with what it did, as if there had been no error."""
+    failed = failed_allocation(error)
+    if failed is not None:
+        vol.failures.note(REPLY, failed)
 
 
 def force_shutdown(vol: Volume, what: str, error: BaseException) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fs import buffered, delalloc
+from alloc.policy import AllocationFailed
+from fs import buffered, delalloc, enomem
 from fs.cache import blocks, readahead
 from fs.truncate import SIZE_MAX, discard, extend, truncate
 from fs.xfs import stamp
@@ -130,9 +131,10 @@ async def write_held(vol: Volume, ip: Inode, offset: int, source: Any) -> int:
             done += await buffered.write_step(vol, ip, pos, source, done, length - done)
             if offset + done > ip.size:
                 ip.size = offset + done
-    except OSError:
+    except (OSError, AllocationFailed) as error:
         if not done:
             raise
+        enomem.told_less(vol, error)
     finally:
         if done:
             changed(vol, ip)

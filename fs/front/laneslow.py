@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fs import file, xattr
+from alloc.policy import AllocationFailed
+from fs import enomem, file, xattr
 from fs.cache import readahead
 from fs.front import handles, procdir
 from fs.front.laneread import send
@@ -122,7 +123,8 @@ async def _go_on(vol: Volume, ip: Inode, offset: int, data: memoryview, done: in
     try:
         vol.check_writable()
         return done + await file.write_held(vol, ip, offset + done, source[done:])
-    except OSError:
+    except (OSError, AllocationFailed) as error:
+        enomem.told_less(vol, error)
         return done  # the next write meets the error with nothing done
     finally:
         vol.iolocks.release(ip.handle)

@@ -24,6 +24,7 @@ from alloc.policy import IRIX, AllocationFailed, parse
 from fs import copyrange, enomem, fallocate, file, namespace, tmpfile, xattr
 from fs.cache.inode import Inode
 from fs.errors import ShutDown
+from fs.front import laneslow
 from fs.log.transaction import Transaction
 from fs.volume import Volume
 from tests import support
@@ -316,6 +317,43 @@ async def test_a_dirty_transaction_says_what_xfs_says(
     assert "Shutting down filesystem." in said
     assert "Please unmount the filesystem and rectify the problem(s)" in said
     assert_sound(image, True)
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+async def test_a_write_answers_what_it_copied(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Only a write that copied nothing is told that there is no memory."""
+    image, content = support.mkfs(scratch), bytes(range(256)) * 256
+    async with opened(image) as vol, a_file(vol) as ip:
+        vol.pages.order_max = 0  # a larger one would be done without
+        vol.arena.set_policy(parse("inject:nth=5,site=_new_folio"))
+        done = await file.write(vol, ip, 0, content)
+        assert done == 4 * 4096
+        assert ip.size == done
+        assert vol.failures.counts[enomem.REPLY].total() == 1
+        vol.arena.set_policy(parse("inject:nth=1,site=_new_folio"))
+        with pytest.raises(AllocationFailed):
+            await file.write(vol, ip, done, content[done:])
+        assert await file.write(vol, ip, done, content[done:]) == len(content) - done
+        assert await file.read(vol, ip, 0, len(content)) == content
+    support.assert_clean(image)
+
+
+async def test_so_does_one_that_a_lane_began(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    image = support.mkfs(scratch)
+    async with opened(image) as vol, a_file(vol) as ip:
+        assert vol.iolocks.try_acquire(ip.handle, False)
+        vol.arena.set_policy(parse("inject:nth=1,site=_new_folio"))
+        assert await laneslow._go_on(vol, ip, 0, memoryview(b"x" * 70000), 65536) == 65536
+        assert vol.failures.counts[enomem.REPLY].total() == 1
+        assert vol.iolocks.try_acquire(ip.handle, False)
+        vol.iolocks.release(ip.handle)
+    support.assert_clean(image)
 
 
 # -- write-back --------------------------------------------------------------------------------
