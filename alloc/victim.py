@@ -1,7 +1,8 @@
 """Victims: who gives up memory that is in use, when nothing is left to reclaim.
 
 A holder has memory that reclaim may not take but that its owner can do without: folios that
-readahead holds for a read that has not begun. It registers with the arena and says how much its
+readahead has for a read that has not begun, or a writer for his next step, the shadows of one
+file. It registers with the arena and says how much its
 largest piece has. When the request that waits longest has slept ROUNDS times and nothing was freed
 or heard of meanwhile, the holder with the largest piece is the victim: it sheds that piece, which
 costs somebody time, never data and never an error. While nobody has anything to shed the wait goes

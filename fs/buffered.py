@@ -51,7 +51,7 @@ async def write_step(
 async def _make_ready(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     """Prepare the folio at `pos`, for less than up to `end` if space is short; how far."""
     flushed = False
-    with vol.pages.pinning() as pin:
+    with vol.pages.pins.pinning() as pin:
         while True:
             try:
                 if await _prepare(vol, ip, pos, end, pin):

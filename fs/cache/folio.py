@@ -16,8 +16,6 @@ also what the flusher sees of the filesystem (`writeback.mapping.Mappings`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from fs import writepages
 from fs.cache import blocks, gather, mapping, radix, readahead
 from fs.cache.inode import INODE, Inode
 from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
+from fs.cache.pin import Pins
 from fs.cache.relocate import relocate
 from fs.cache.shadow import ShadowNodes
 from fs.xfs import layout as L
@@ -106,6 +105,7 @@ class PageCache:
         self.lost_pages = 0  # pages whose write-back failed
         self._waits: dict[int, trio.Event] = {}
         self.windows = readahead.Windows(self)
+        self.pins = Pins(self)
         p = self.pages
         self._tree = (self.m4, self.m8, p.order)
         self._folios = (p.flags, p.order, p.index, p.blocks)
@@ -116,7 +116,8 @@ class PageCache:
         await self._refill(PATH_NODES)
         await self.ioends.pool.fill()
         self.arena.register_shrinker(self)
-        self.arena.victims.register(self.windows)
+        for holder in (self.windows, self.pins, self.shadows):
+            self.arena.victims.register(holder)
         self.arena.register_shrinker(self.shadows, seeks=0)
         self.arena.vmstat.gauge("workingset_nodes", lambda: self.shadows.nr_nodes)
         self.arena.compaction.register_mover(self)
@@ -133,6 +134,11 @@ class PageCache:
     def root(handle: int) -> int:
         """Index in m4 of an inode's mapping."""
         return handle * INODE_WORDS + MAPPING_WORD
+
+    @staticmethod
+    def handle_of(root: int) -> int:
+        """The inode that a mapping belongs to."""
+        return (root - MAPPING_WORD) // INODE_WORDS
 
     # -- finding and adding ---------------------------------------------------------------------
 
@@ -322,25 +328,6 @@ class PageCache:
                 await self._waits.setdefault(pfn, trio.Event()).wait()
         finally:
             self.arena.put_folio(pfn)
-
-    @contextmanager
-    def pinning(self) -> Iterator[Callable[[int], None]]:
-        """For who prepares a folio in several steps: the last one named to it is not evicted."""
-        pinned = 0
-
-        def pin(pfn: int) -> None:
-            nonlocal pinned
-            if pfn != pinned:
-                self.arena.get_folio(pfn)
-                before, pinned = pinned, pfn
-                if before:
-                    self.arena.put_folio(before)
-
-        try:
-            yield pin
-        finally:
-            if pinned:
-                self.arena.put_folio(pinned)
 
     def change(self, pfn: int, first: int, last: int, add: int, remove: int = 0) -> None:
         """Change the bits of file blocks [first, last), which lie in the folio."""
@@ -547,6 +534,14 @@ class PageCache:
             self.arena.words, *self.pages, self.arena.mem, self.m4, INODE_WORDS, MAPPING_WORD,
             sources, targets, verdicts,
         )  # fmt: skip
+
+    def evict_folio(self, pfn: int) -> bool:
+        """Evict a clean folio that nobody but the caller has a reference to, which goes, too."""
+        if self._evict([pfn]) != [gather.EVICTED]:
+            return False
+        self.arena.put_folio(pfn)
+        self.arena.put_folio(pfn)
+        return True
 
     def _evict(self, pfns: list[int]) -> list[int]:
         """The verdict of the kernel on each isolated folio."""

@@ -2,7 +2,8 @@
 
 A shadow costs nothing as long as its node holds folios, too. Nodes with nothing but shadows are
 on a list, oldest first; a shrinker frees them when they are more than one for eight pages of the
-arena, a bound of 1.6 % of it, as the kernel's does. What is dropped from a file, by truncation or
+arena, a bound of 1.6 % of it, as the kernel's does. When nothing else is left, those of the file
+with the most of them go, too (`alloc.victim.Holder`). What is dropped from a file, by truncation or
 with its inode, takes its shadows with it.
 
 The list is the trio thread's. A lane that puts folios among shadows does not look at it: it may
@@ -15,6 +16,7 @@ spin lock, which the shrinker only tries.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +27,8 @@ from fs.cache.radix import (
     COUNT,
     L_FIRST,
     L_NODES,
+    NEXT,
+    NODE,
     NODE_BIT,
     R_HEIGHT,
     R_LOCK,
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from fs.cache.folio import PageCache
 
 PAGES_PER_NODE = 8
+NODES_PER_PAGE = 4096 // NODE.itemsize
 SCAN_BATCH = 128
 LEVELS_MAX = 10
 
@@ -116,7 +121,7 @@ def forget(m4, m8, listed, root, index, last, freed, out):
 class ShadowNodes:
     """The nodes of one page cache that hold nothing but shadows, and their shrinker."""
 
-    name = "mm-shadow"
+    name = "mm-shadow"  # the shrinker's and the holder's
 
     def __init__(self, pages: PageCache) -> None:
         self._pages = pages
@@ -136,6 +141,27 @@ class ShadowNodes:
             args = (pages.m4, pages.m8, self.listed, pages.root(handle), index, last)
             self._free(forget(*args, self._freed, self._out))
             index = int(self._out[0])
+
+    def _by_file(self) -> Counter[int]:
+        """How many nodes the list has of each mapping, by its root."""
+        m4, m8 = self._pages.m4, self._pages.m8
+        found: Counter[int] = Counter()
+        node = int(self.listed[L_FIRST])
+        while node:
+            found[int(m8[node * 64 + ROOT_AT])] += 1
+            node = int(m4[node * WORDS + NEXT])
+        del found[0]
+        return found
+
+    def count(self) -> int:
+        """Pages that the shadows of one file fill, of the one with the most."""
+        return max(self._by_file().values(), default=0) // NODES_PER_PAGE
+
+    def shed(self) -> int:
+        """Forget the shadows of that file; its pages."""
+        ((root, nodes),) = self._by_file().most_common(1)
+        self.forget(self._pages.handle_of(root), 0, 1 << 52)
+        return nodes // NODES_PER_PAGE
 
     def count_objects(self) -> int:
         """Nodes above the bound, which has nothing to do with how short memory is."""

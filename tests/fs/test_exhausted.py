@@ -15,7 +15,9 @@ import pytest
 import trio
 
 from alloc import gfp
-from fs import file, namespace
+from alloc.victim import ROUNDS
+from alloc.wait import POLL_S
+from fs import buffered, file, namespace
 from fs.cache import readahead
 from fs.cache import resident as R
 from fs.cache.inode import Inode
@@ -233,3 +235,88 @@ async def test_readahead_gives_way(
         assert vol.arena.vmstat["oom_victims"] == 1
         assert bytes(await file.read(vol, ip, 0, len(CONTENT * 8))) == CONTENT * 8
         vol.arena.check()
+
+
+async def served(vol: Volume) -> float:
+    """How long somebody waits for a page who may have the last one, in seconds."""
+    began = trio.current_time()
+    with trio.fail_after(30):
+        vol.arena.put_folio(await vol.arena.alloc_folio(0, gfp.MEMALLOC))
+    return trio.current_time() - began
+
+
+async def test_a_writers_folio_gives_way(
+    scratch: Path, autojump_clock: object, allow_logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He keeps what he has read for a part of it, and memory is short when he goes on."""
+    allow_logs("out of memory: shed 16 pages of writers")
+    classify, looks, waited = buffered.classify, 0, []
+
+    async def short_of_memory(vol: Volume, *args: Any) -> list[buffered.Part]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            assert vol.pages.pins.count() == 16
+            with exhausted(vol):
+                assert vol.pages.shadows.count() == 0
+                waited.append(await served(vol))
+            assert vol.pages.pins.count() == 0
+        return await classify(vol, *args)
+
+    async with opened(support.mkfs(scratch, "-b", "size=64k"), 8 << 20) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, CONTENT)
+        await file.fsync(vol, ip)
+        drop_caches(vol)
+        monkeypatch.setattr(buffered, "classify", short_of_memory)
+        assert await file.write(vol, ip, 100, b"new") == 3
+        assert looks == 3, "read, and read once more"
+        assert waited == [pytest.approx(ROUNDS * POLL_S, abs=2 * POLL_S)]
+        assert (vol.arena.vmstat["oom_victims"], vol.arena.vmstat["oom_pages"]) == (1, 16)
+        new = CONTENT[:100] + b"new" + CONTENT[103:]
+        assert bytes(await file.read(vol, ip, 0, len(CONTENT))) == new
+        vol.arena.check()
+
+
+async def test_a_writers_folio_in_use_stays(scratch: Path) -> None:
+    async with opened(support.mkfs(scratch), 8 << 20) as vol, a_file(vol) as ip:
+        await file.write(vol, ip, 0, b"dirty")
+        pfn = vol.pages.find(ip.handle, 0)
+        with vol.pages.pins.pinning() as pin:
+            pin(pfn)
+            assert vol.pages.pins.count() == 0
+            await file.fsync(vol, ip)
+            assert vol.pages.pins.count() == 1
+            vol.arena.get_folio(pfn)
+            assert vol.pages.pins.count() == 0
+            assert vol.pages.pins.shed() == 0
+            vol.arena.put_folio(pfn)
+            vol.pages.lock(pfn)
+            assert vol.pages.pins.count() == 0
+            vol.pages.unlock(pfn)
+            assert vol.pages.pins.shed() == 1
+        assert not vol.pages.find(ip.handle, 0)
+        assert bytes(await file.read(vol, ip, 0, 5)) == b"dirty"
+        vol.arena.check()
+
+
+async def test_shadows_of_one_file_give_way(
+    scratch: Path, autojump_clock: object, allow_logs
+) -> None:
+    allow_logs("out of memory: shed 8 pages of mm-shadow")
+    async with opened(support.mkfs(scratch), 8 << 20) as vol, a_file(vol) as ip:
+        async with a_file(vol, b"other") as other:
+            for each, nodes in ((other, 24), (ip, 64)):
+                for number in range(nodes):
+                    await file.write(vol, each, number << 18, b"x")
+                await file.fsync(vol, each)
+                while vol.pages.scan_objects(128, 0):
+                    pass
+            assert vol.pages.shadows.nr_nodes == 24 + 64
+            with exhausted(vol):
+                waited = await served(vol)
+            assert waited == pytest.approx(ROUNDS * POLL_S, abs=2 * POLL_S)
+            assert vol.pages.shadows.nr_nodes == 24
+            assert not vol.pages.columns["node"][ip.handle]
+            assert vol.arena.vmstat["oom_victims"] == 1
+            assert bytes(await file.read(vol, ip, 0, 2)) == b"x\0"
+            vol.arena.check()
