@@ -224,12 +224,16 @@ class PageCache:
         """Where new folios of a file lie from now on: a policy of alloc/mempolicy.py, or NONE."""
         self.columns["mempolicy"][handle] = number
 
+    def mempolicy(self, handle: int) -> int:
+        """The policy of a file's own, or NONE."""
+        return int(self.columns["mempolicy"][handle])
+
     def _place(self, handle: int, index: int, order: int) -> tuple[int, int]:
         """The mapping's memory policy, and the offset of a folio by which it interleaves.
 
         The same as lanes have it. The handle makes files begin on different nodes.
         """
-        return int(self.columns["mempolicy"][handle]), handle + (index >> order)
+        return self.mempolicy(handle), handle + (index >> order)
 
     async def _new_folio(self, handle: int, index: int, order: int) -> tuple[int, int]:
         """A folio of at most `order`, and its order."""

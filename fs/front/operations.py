@@ -28,7 +28,7 @@ import pyfuse3
 from alloc.policy import AllocationFailed
 from fs import file, links, namespace, xattr
 from fs.cache.inode import Inode
-from fs.front import acl, attrs, handles, procdir
+from fs.front import acl, attrs, filepolicy, handles, procdir
 from fs.front.atime import AccessTimes
 from fs.front.guard import Gate, guarded
 from fs.front.options import MountOptions
@@ -326,6 +326,8 @@ class Operations(pyfuse3.Operations):
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         async with self.using(inode) as ip:
+            if name == filepolicy.ATTRIBUTE:
+                return filepolicy.set(self.vol, ip, value, ctx.uid)
             _check_attributes(ip)
             await xattr.set(self.vol, ip, name, value)
 
@@ -335,6 +337,8 @@ class Operations(pyfuse3.Operations):
         if procdir.owns(inode):
             raise OSError(pyfuse3.ENOATTR, "no attributes")
         async with self.using(inode) as ip:
+            if name == filepolicy.ATTRIBUTE:
+                return filepolicy.get(self.vol, ip)
             if not ip.forkoff:  # the kernel asks before each write; answer at once
                 xattr.stored_as(name)
                 raise OSError(pyfuse3.ENOATTR, "no attributes")
@@ -348,6 +352,8 @@ class Operations(pyfuse3.Operations):
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         async with self.using(inode) as ip:
+            if name == filepolicy.ATTRIBUTE:
+                return filepolicy.remove(self.vol, ip, ctx.uid)
             _check_attributes(ip)
             await xattr.remove(self.vol, ip, name)
 

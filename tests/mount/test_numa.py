@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from tests import support
+from tests.mount.test_opcodes import as_nobody
 
 MIB = 1 << 20
 
@@ -33,6 +36,45 @@ def test_files_on_several_nodes(scratch: Path, options: str) -> None:
         weight.write_text("3\n")
         assert weight.read_text() == "3\n"
         assert ("interleave" in options) == (int(counts["numa_interleave"]) > 0)
+    support.assert_clean(image)
+
+
+def free_pages(mount: support.OurMount) -> list[int]:
+    """Of each node."""
+    text = (mount.path / ".nofail/zoneinfo").read_text()
+    return [int(found) for found in re.findall(r"pages free +(\d+)", text)]
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("options", ["", ",mpol=bind:0,lanes=0"])
+def test_a_file_says_where_its_memory_lies(scratch: Path, options: str) -> None:
+    image, name = support.mkfs(scratch), "system.nofailfs.mpol"
+    options = "numa=2,allow_other" + options
+    with support.our_mount(image, scratch / "mnt", memory="64M", options=options) as mount:
+        for node in (1, 0):
+            with open(mount.path / f"file{node}", "wb") as file:
+                with pytest.raises(OSError, match="No data"):
+                    os.getxattr(file.fileno(), name)
+                os.setxattr(file.fileno(), name, b"bind:%d" % node)
+                assert os.getxattr(file.fileno(), name) == b"bind:%d" % node
+                before = free_pages(mount)
+                file.write(os.urandom(4 * MIB))
+                file.flush()
+                taken = [b - a for a, b in zip(free_pages(mount), before, strict=True)]
+                assert taken[node] >= 1024
+                assert taken[1 - node] < 128
+                assert name not in os.listxattr(file.fileno())
+                os.removexattr(file.fileno(), name)
+                with pytest.raises(OSError, match="No data"):
+                    os.removexattr(file.fileno(), name)
+                for wrong in (b"bind:2", b"bind", b"nearest", b"\xff"):
+                    with pytest.raises(OSError, match="Invalid"):
+                        os.setxattr(file.fileno(), name, wrong)
+        with open(mount.path / "file1") as file:
+            fd = file.fileno()
+            assert as_nobody(lambda: os.setxattr(fd, name, b"bind:1")) == errno.EPERM
+        with pytest.raises(OSError, match="not supported"):
+            os.setxattr(mount.path, name, b"bind:1")
     support.assert_clean(image)
 
 
