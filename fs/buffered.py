@@ -36,9 +36,9 @@ async def write_step(
     vol: Volume, ip: Inode, pos: int, source: Any, start: int, length: int
 ) -> int:
     """Copy as much as is ready; make the next folio ready if nothing is. Bytes copied."""
-    dirty = vol.pages.dirty
-    if dirty.must_wait():
-        await dirty.balance(1 << write_order(pos, length, order_max=vol.pages.order_max))
+    throttle = vol.pages.throttle
+    if throttle.must_balance(ip.handle):
+        await throttle.balance(ip.handle)
         vol.check_writable()
     copied = _copy_in(vol, ip, pos, source, start, length)
     if copied:

@@ -180,7 +180,6 @@ async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHIN
         if base >= start and end <= stop:
             pages.remove(pfn)
     pages.shadows.forget(ip.handle, start >> 12, (stop - 1) >> 12)
-    pages.dirty.admit()
 
 
 async def unmap(vol: Volume, ip: Inode, size: int) -> None:

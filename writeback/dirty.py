@@ -1,26 +1,23 @@
-"""How much dirty memory there may be, and the writers who wait because there is too much.
+"""How much dirty memory there is, and how much there may be.
 
-Counts are in pages; a dirty folio counts whole. Limits follow Linux: dirtyable memory is what is
-free above the reserves plus the file cache; the background threshold (10 %) starts the flusher,
-above the hard limit (20 %) a writer waits before it takes a folio, in FIFO order, until the
-flusher has cleaned enough. Writers never write.
+Counts are in pages; a dirty folio counts whole. Thresholds follow Linux: dirtyable memory is what
+is free above the reserves plus the file cache; above the background threshold (10 %) the flusher
+works, from half-way between it and the threshold (20 %) on writers are held back
+(`writeback/throttle.py`), and above the limit nobody goes on. The limit is the threshold, but
+follows it down slowly when memory shrinks: what was dirtied in good faith is written first.
 
-Counters change by atomic addition, in kernels of any thread; waiting and waking happen on the
-trio thread. Writers that cannot wait (lanes) dirty only below the freerun ceiling and while nobody
-is in line, and tell the trio thread when the flusher has work (`poke`).
-
-Invariant: dirty + writeback <= limit + what each admitted writer dirties in one step.
+Counters change by atomic addition, in kernels of any thread; thresholds are the trio thread's.
+Writers that cannot wait (lanes) dirty only below the ceiling of free run, one comparison, and tell
+the trio thread when the flusher has work (`poke`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 import numpy as np
-import trio
 
-from alloc import lockdep
+from writeback.position import Position
 
 BACKGROUND_RATIO = 10  # vm.dirty_background_ratio, percent of dirtyable memory
 PAGE_SIZE = 4096
@@ -29,10 +26,10 @@ RATELIMIT_PAGES = 16  # pages dirtied between two looks at the limits (Linux's f
 LIMIT_MIN = 32  # pages: a writer can always dirty something when nothing is dirty
 # words of `counts`; NR_DIRTIED and NR_WRITTEN only grow
 NR_DIRTY, NR_WRITEBACK, NR_DIRTIED, NR_WRITTEN = range(4)
-COUNT_FREERUN = 4  # below it nobody is held back: half-way between background and limit
-COUNT_WAITERS = 5  # writers in line
-COUNT_BACKGROUND = 6  # above it the flusher has work
+COUNT_FREERUN = 4  # below it nobody is held back: half-way between the thresholds
+COUNT_BACKGROUND = 5  # above it the flusher has work
 NR_COUNTS = 8
+SMOOTH_LOG = 5  # the limit falls by 1/32 of what it is too high, each time
 
 
 def thresholds(
@@ -42,7 +39,7 @@ def thresholds(
     background_bytes: int = 0,
     limit_bytes: int = 0,
 ) -> tuple[int, int]:
-    """(background, limit) in pages, Linux's fixed point: ratios are scaled by 4096 first.
+    """(background, threshold) in pages, Linux's fixed point: ratios are scaled by 4096 first.
 
     Bytes that are not 0 are instead of the ratio; memory has no room for more than it has.
     """
@@ -80,11 +77,12 @@ class Dirty:
         self.limit_bytes = 0  # vm.dirty_bytes
         self.counts = np.zeros(NR_COUNTS, np.int64)
         self.wake_flusher: Callable[[], None] = lambda: None
-        self.throttled = 0  # times a writer had to wait
-        self._waiters: deque[tuple[int, trio.Event]] = deque()
+        self.max_ratio = 100  # the device's share of the threshold, percent
+        self.strict_limit = 0  # 1: that share is a limit of its own
         self._looked_at = -RATELIMIT_PAGES
+        self._smoothed = 0
         self.background = 0
-        self.limit = 0
+        self.thresh = 0
         self.update()
 
     @property
@@ -96,29 +94,68 @@ class Dirty:
         return int(self.counts[NR_WRITEBACK])
 
     @property
-    def nr_waiting(self) -> int:
-        return len(self._waiters)
+    def nr_dirtied(self) -> int:
+        """Pages that were ever dirtied."""
+        return int(self.counts[NR_DIRTIED])
+
+    @property
+    def nr_written(self) -> int:
+        """Pages whose write-back ever ended."""
+        return int(self.counts[NR_WRITTEN])
+
+    @property
+    def busy(self) -> int:
+        """Pages that are dirty or on their way to the device."""
+        return int(self.counts[NR_DIRTY] + self.counts[NR_WRITEBACK])
+
+    @property
+    def freerun(self) -> int:
+        """Below so many busy pages nobody is held back."""
+        return int(self.counts[COUNT_FREERUN])
+
+    @property
+    def limit(self) -> int:
+        """Above so many busy pages nobody goes on."""
+        return self.position().hard_limit
+
+    def position(self) -> Position:
+        """Where dirty memory stands now. The volume has one device: its share is the maximum."""
+        limit = max(self.thresh, self._smoothed)
+        share = max(self.thresh * self.max_ratio // 100, 1)
+        return Position(
+            self.background, self.thresh, limit, self.busy, share, strict=bool(self.strict_limit)
+        )
 
     def update(self) -> None:
         """Look at memory again and set the thresholds."""
-        background, limit = thresholds(
+        background, thresh = thresholds(
             max(self.dirtyable(), 0),
             self.background_ratio,
             self.ratio,
             self.background_bytes,
             self.limit_bytes,
         )
-        self.limit = max(limit, LIMIT_MIN)
+        self.thresh = max(thresh, LIMIT_MIN)
         self.background = max(background, LIMIT_MIN // 2)
-        self._looked_at = int(self.counts[NR_DIRTIED])
+        self._looked_at = self.nr_dirtied
         self.counts[COUNT_BACKGROUND] = self.background
-        self.counts[COUNT_FREERUN] = (self.background + self.limit) // 2
-        assert self.background < self.limit
+        self.counts[COUNT_FREERUN] = self.position().freerun
+        assert self.background < self.thresh
+
+    def look(self) -> None:
+        """The same, if enough was dirtied since the last time."""
+        if self.counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
+            self.update()
+
+    def smooth(self) -> None:
+        """Let the limit follow the threshold: up at once, down slowly. Called each 200 ms."""
+        self._smoothed = max(self._smoothed, self.thresh)
+        excess = self._smoothed - max(self.thresh, self.busy)
+        self._smoothed -= max(excess, 0) >> SMOOTH_LOG
 
     def retune(self) -> None:
-        """Ratios or bytes were changed: who may go on does, and the flusher looks at it."""
+        """Ratios or bytes were changed: the flusher looks at it."""
         self.update()
-        self.admit()
         self.poke()
 
     def over_background(self) -> bool:
@@ -133,57 +170,6 @@ class Dirty:
 
     def dirtied(self) -> None:
         """Pages became dirty; a kernel has counted them."""
-        counts = self.counts
-        if counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
-            self.update()
-        if counts[NR_DIRTY] > self.background:
+        self.look()
+        if self.counts[NR_DIRTY] > self.background:
             self.wake_flusher()
-
-    def must_wait(self) -> bool:
-        """Whether a writer has to wait now; the cheap test before `balance`."""
-        counts = self.counts
-        if self._waiters:
-            return True
-        if counts[NR_DIRTIED] - self._looked_at >= RATELIMIT_PAGES:
-            self.update()
-        return bool(counts[NR_DIRTY] + counts[NR_WRITEBACK] >= self.limit)
-
-    async def balance(self, pages: int) -> None:
-        """Wait until `pages` more may be dirtied. Call it before any folio is taken."""
-        if lockdep.current is not None:
-            lockdep.current.wants(lockdep.FS_RECLAIM)  # the flusher works under it
-        if not self.must_wait():
-            return
-        self.update()
-        if not self.must_wait():
-            return
-        self.throttled += 1
-        waiter = (pages, trio.Event())
-        self._waiters.append(waiter)
-        self.counts[COUNT_WAITERS] = len(self._waiters)
-        self.wake_flusher()
-        try:
-            await self._wait_dirty_limit(waiter[1])
-        except BaseException:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-                self.counts[COUNT_WAITERS] = len(self._waiters)
-            else:
-                self.admit()
-            raise
-
-    async def _wait_dirty_limit(self, event: trio.Event) -> None:
-        """The wait of balance_dirty_pages, named for stack dumps."""
-        await event.wait()
-
-    def admit(self) -> None:
-        """Wake the oldest waiters that fit under the limit."""
-        if not self._waiters:
-            return
-        self.update()
-        busy = int(self.counts[NR_DIRTY] + self.counts[NR_WRITEBACK])
-        while self._waiters and busy < self.limit:
-            pages, event = self._waiters.popleft()
-            busy += pages
-            event.set()
-        self.counts[COUNT_WAITERS] = len(self._waiters)

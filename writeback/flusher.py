@@ -143,7 +143,6 @@ class Flusher:
         if self._reclaim_waits:
             await self._write_some()
             self._reclaim_waits = False
-        self._dirty.admit()
 
     async def _write_expired(self) -> None:
         """Everything in mappings that joined the list too long ago."""

@@ -37,6 +37,7 @@ from fs.xfs.inode import DATA, levels_max
 from writeback.dirty import Dirty
 from writeback.ioend import FOLIOS_MAX, Ioend, IoendPool
 from writeback.mapping import LISTED
+from writeback.throttle import Throttle
 
 if TYPE_CHECKING:
     from fs.volume import Volume
@@ -91,6 +92,7 @@ class PageCache:
         self.maps = vol.inodes.table["mapping"]
         self.columns = {name: self.maps[name] for name in self.maps.dtype.names or ()}
         self.dirty = Dirty(self._dirtyable)
+        self.throttle = Throttle(self.dirty)
         self.ioends = IoendPool(arena, 1 << self.order_max)
         self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
         self.shadows = ShadowNodes(self)
@@ -123,7 +125,9 @@ class PageCache:
         self.arena.compaction.register_mover(self)
         self.arena.vmstat.gauge("nr_dirty", lambda: self.dirty.nr_dirty)
         self.arena.vmstat.gauge("nr_writeback", lambda: self.dirty.nr_writeback)
-        self.arena.vmstat.gauge("nr_dirty_threshold", lambda: self.dirty.limit)
+        self.arena.vmstat.gauge("nr_dirtied", lambda: self.dirty.nr_dirtied)
+        self.arena.vmstat.gauge("nr_written", lambda: self.dirty.nr_written)
+        self.arena.vmstat.gauge("nr_dirty_threshold", lambda: self.dirty.thresh)
         self.arena.vmstat.gauge("nr_dirty_background_threshold", lambda: self.dirty.background)
 
     def _dirtyable(self) -> int:
@@ -376,7 +380,7 @@ class PageCache:
         """A kernel dirtied and counted pages of a mapping."""
         if pages:
             self.vol.flusher.enlist(handle)
-            self.dirty.dirtied()
+            self.throttle.dirtied(handle, pages)
 
     def cut(self, pfn: int, start: int, end: int) -> tuple[int, int]:
         """Throw away bytes [start, end) of a folio; RESERVED and PENDING blocks forgotten."""
@@ -406,6 +410,7 @@ class PageCache:
         """Move dirty folios to write-back and into an ioend; a folio to wait for first, or 0."""
         p = self.pages
         ioend.handle = handle
+        self.throttle.submitting()
         return int(
             gather.gather(
                 *self._tagged, p.blocks, p.refs, self.dirty.counts, self.root(handle),
@@ -425,7 +430,7 @@ class PageCache:
             self._wake(pfn)
             self.arena.put_folio(pfn)
         self.arena.reclaim.throttle.written(ioend.nr_pages)
-        self.dirty.admit()
+        self.throttle.completed()
 
     def tag_towrite(self, handle: int, index: int, last: int) -> None:
         """Tag what is dirty now, so that integrity write-back ends."""

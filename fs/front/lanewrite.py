@@ -100,7 +100,6 @@ from fs.xfs.stamp import EPOCH_NS
 from writeback.dirty import (
     COUNT_BACKGROUND,
     COUNT_FREERUN,
-    COUNT_WAITERS,
     NR_DIRTIED,
     NR_DIRTY,
     NR_WRITEBACK,
@@ -149,7 +148,7 @@ def _bar(l, root, at, end):
     if l.m4[root + W_FLAGS] & LISTED == 0:
         return R_LIST
     busy = l.dirty[NR_DIRTY] + l.dirty[NR_WRITEBACK]
-    if busy < l.dirty[COUNT_FREERUN] and l.dirty[COUNT_WAITERS] == 0:
+    if busy < l.dirty[COUNT_FREERUN]:
         return READY
     return READY if _is_dirty(l, root, at, end) else R_DIRTY
 

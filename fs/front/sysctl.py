@@ -1,6 +1,7 @@
 """Tunables of a mount, under the names and with the meaning that they have below /proc/sys.
 
-Those of `rcutree` are the parameters of that module in the kernel.
+Those of `rcutree` are the parameters of that module in the kernel, those of `bdi` are below
+/sys/class/bdi there, for each device.
 
 Each is one number. Writing it takes effect at once; what is out of range, or would leave the memory
 manager without memory, is EINVAL and changes nothing. Of a ratio and its bytes the one that was
@@ -116,6 +117,13 @@ def _dirty(vol: Volume) -> dict[str, Tunable]:
 
         return change
 
+    def share(field: str) -> Callable[[int], None]:
+        def change(value: int) -> None:
+            setattr(dirty, field, value)
+            dirty.retune()
+
+        return change
+
     return {
         "vm/dirty_background_bytes": Tunable(
             lambda: dirty.background_bytes,
@@ -130,6 +138,8 @@ def _dirty(vol: Volume) -> dict[str, Tunable]:
         "vm/dirty_bytes": Tunable(
             lambda: dirty.limit_bytes, setter("limit_bytes", "ratio"), 2 * PAGE_SIZE, BYTES_MOST
         ),
+        "bdi/max_ratio": Tunable(lambda: dirty.max_ratio, share("max_ratio"), 1, 100),
+        "bdi/strict_limit": Tunable(lambda: dirty.strict_limit, share("strict_limit"), 0, 1),
         "vm/dirty_ratio": Tunable(lambda: dirty.ratio, setter("ratio", "limit_bytes"), 0, 100),
     }
 

@@ -299,7 +299,7 @@ async def test_writers_are_held_back_at_the_limit(
         for at in range(0, 12 << 20, 65536):
             await file.write(vol, ip, at, bytes(65536))
             assert dirty.nr_dirty + dirty.nr_writeback <= dirty.limit + slack
-        assert dirty.throttled > 0
+        assert vol.pages.throttle.paused > 0
 
 
 async def test_a_failed_write_back_is_told_once(
@@ -589,7 +589,7 @@ async def test_a_shutdown_lets_everybody_go(
                 nursery.start_soon(writer, vol, other)
                 nursery.start_soon(syncer, vol, ip)
                 await trio.sleep(2)
-                assert vol.pages.dirty.throttled
+                assert vol.pages.throttle.paused
                 vol.shutdown("the test told to")
             await trio.sleep(60)
             assert vol.pages.dirty.nr_dirty == 0

@@ -22,7 +22,7 @@ from tests import support
 from tests.fs.imagefiles import IMAGES, a_file, opened
 from tests.fs.lanes import Desk, a_desk
 from tests.fs.test_file import MOST, Model, contents, drop_caches, extents
-from writeback.dirty import COUNT_FREERUN, COUNT_WAITERS
+from writeback.dirty import COUNT_FREERUN
 
 RUNS = [(kind, memory) for kind in ("4k", "1k", "64k") for memory in (8, 64)]
 PAGE = bytes(range(256)) * 16
@@ -181,9 +181,6 @@ async def test_reasons_to_park(scratch: Path) -> None:
         await parked(desk, ip, "dirty", 4096)
         assert await desk.write(ip, 0, PAGE) == 4096  # what is dirty gets no dirtier
         counts[COUNT_FREERUN] = free_run
-        counts[COUNT_WAITERS] = 1
-        await parked(desk, ip, "dirty", 4096)
-        counts[COUNT_WAITERS] = 0
         desk.control[S.C_READ_ONLY] = 1
         await parked(desk, ip, "shutdown", 0)
         desk.control[S.C_READ_ONLY] = 0

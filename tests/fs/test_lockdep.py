@@ -87,7 +87,7 @@ async def test_each_operation_wants_what_it_may_wait_for(dep: Lockdep, image: Pa
         assert "iolock" in await wanted(file.write(vol, ip, 0, b"x"))
         assert await wanted(mapread.read(vol, ip, 0, 1)) == {"ilock"}
         assert await wanted(vol.admit("test")) == {"metadata"}
-        assert await wanted(vol.pages.dirty.balance(1)) == {FS_RECLAIM}
+        assert await wanted(vol.pages.throttle.balance(ip.handle)) == {FS_RECLAIM}
         assert await wanted(vol.inodes.get(ip.ino)) == {"inode load"}
         vol.inodes.put(ip)
         assert {"inode flush", "buf writer"} <= await wanted(vol.flush_metadata())

@@ -22,13 +22,11 @@ def start_writeback(dirty: Dirty, pages: int) -> None:
 
 
 def end_writeback(dirty: Dirty, pages: int) -> None:
-    """They are written, or have failed: writers may go on."""
+    """They are written, or have failed."""
     dirty.counts[NR_WRITEBACK] -= pages
     dirty.counts[NR_WRITTEN] += pages
-    dirty.admit()
 
 
 def throw_away(dirty: Dirty, pages: int) -> None:
-    """A truncation dropped dirty pages: writers may go on."""
+    """A truncation dropped dirty pages."""
     dirty.counts[NR_DIRTY] -= pages
-    dirty.admit()

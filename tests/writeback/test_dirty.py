@@ -1,14 +1,13 @@
-"""Dirty accounting: Linux's threshold formulas, and who waits for how long."""
+"""Dirty accounting: Linux's threshold formulas, what follows memory and how fast."""
 
 from __future__ import annotations
 
 import pytest
-import trio
-import trio.testing
 
 from tests.writeback import counts
 from writeback import dirty
-from writeback.dirty import LIMIT_MIN, NR_DIRTY, Dirty, thresholds
+from writeback.bandwidth import INTERVAL_MS
+from writeback.dirty import LIMIT_MIN, Dirty, thresholds
 
 
 def make(pages: int = 10_000) -> Dirty:
@@ -25,18 +24,6 @@ def test_bytes_instead_of_ratios() -> None:
     assert thresholds(100_000, 0, 0, 4096, 1 << 60) == (1, 100_000)  # no more than there is
 
 
-async def test_who_may_go_on_after_a_change_does() -> None:
-    dirty = Dirty(lambda: 1000)
-    dirty.counts[NR_DIRTY] = 300
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(dirty.balance, 1)
-        await trio.testing.wait_all_tasks_blocked()
-        assert dirty.nr_waiting == 1
-        dirty.ratio = 40
-        dirty.retune()
-    assert dirty.nr_waiting == 0
-
-
 def test_background_is_half_when_it_would_be_above() -> None:
     background, limit = thresholds(10_000, 50, 20)
     assert background == limit // 2
@@ -45,8 +32,7 @@ def test_background_is_half_when_it_would_be_above() -> None:
 def test_something_can_always_be_dirtied() -> None:
     nothing = make(0)
     assert nothing.limit == LIMIT_MIN
-    assert nothing.background < nothing.limit
-    assert not nothing.must_wait()
+    assert 0 < nothing.background < nothing.freerun < nothing.limit
 
 
 def test_flusher_is_woken_above_background_only() -> None:
@@ -69,84 +55,47 @@ def test_limits_follow_memory() -> None:
     assert some.limit == pytest.approx(before / 2, abs=1)
 
 
-async def test_writer_below_the_limit_does_not_wait() -> None:
+def test_the_limit_follows_up_at_once_and_down_slowly() -> None:
+    """Within 1 % after half a minute, when the threshold is halved."""
+    memory = [100_000]
+    some = Dirty(lambda: memory[0])
+    some.smooth()
+    assert some.limit == some.thresh == 19995
+    memory[0] = 50_000
+    some.update()
+    assert some.limit == 19995 > some.thresh
+    times = 0
+    while some.limit > some.thresh * 1.01:
+        some.smooth()
+        times += 1
+    assert 27 <= times * INTERVAL_MS / 1000 <= 33
+    memory[0] = 200_000
+    some.update()
+    assert some.limit == some.thresh == 39990
+
+
+def test_the_limit_does_not_fall_below_what_is_dirty() -> None:
+    memory = [100_000]
+    some = Dirty(lambda: memory[0])
+    some.smooth()
+    counts.dirtied(some, 15_000)
+    memory[0] = 50_000
+    some.update()
+    for _ in range(1000):
+        some.smooth()
+    assert 15_000 <= some.limit < 15_000 + 32
+
+
+def test_the_devices_share() -> None:
     some = make()
-    counts.dirtied(some, some.limit - 1)
-    with trio.fail_after(0):
-        await some.balance(100)
-    assert some.throttled == 0
+    some.max_ratio, some.strict_limit = 10, 1
+    some.update()
+    assert some.limit == some.thresh // 10
+    assert some.freerun == (some.limit + some.limit * some.background // some.thresh) // 2
+    assert some.counts[dirty.COUNT_FREERUN] == some.freerun
 
 
-async def test_writers_wait_in_line_and_leave_in_line(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    some = make()
-    counts.dirtied(some, some.limit)
-    order: list[int] = []
-
-    async def writer(number: int) -> None:
-        await some.balance(8)
-        order.append(number)
-        counts.dirtied(some, 8)
-
-    async with trio.open_nursery() as nursery:
-        for number in range(3):
-            nursery.start_soon(writer, number)
-            await trio.testing.wait_all_tasks_blocked()
-        assert some.nr_waiting == 3
-        counts.start_writeback(some, some.limit)
-        assert some.nr_waiting == 3  # on its way is not written
-        for _ in range(3):
-            counts.end_writeback(some, 8)
-            await trio.testing.wait_all_tasks_blocked()
-    assert order == [0, 1, 2]
-    assert some.throttled == 3
-    assert some.nr_dirty + some.nr_writeback <= some.limit + 8
-
-
-async def test_newcomers_do_not_overtake(autojump_clock: trio.testing.MockClock) -> None:
-    some = make()
-    counts.dirtied(some, some.limit)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(some.balance, 1)
-        await trio.testing.wait_all_tasks_blocked()
-        assert some.must_wait()
-        some.counts[dirty.NR_DIRTY] -= 10  # room, but somebody is in line
-        assert some.must_wait()
-        some.admit()
-        assert not some.must_wait()
-
-
-async def test_a_cancelled_writer_leaves_the_line(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    some = make()
-    counts.dirtied(some, some.limit)
-    scope = trio.CancelScope()
-    done = trio.Event()
-
-    async def first() -> None:
-        with scope:
-            await some.balance(1)
-
-    async def second() -> None:
-        await some.balance(1)
-        done.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(first)
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(second)
-        await trio.testing.wait_all_tasks_blocked()
-        scope.cancel()
-        await trio.testing.wait_all_tasks_blocked()
-        assert some.nr_waiting == 1
-        counts.throw_away(some, 1)
-        await done.wait()
-    assert some.nr_waiting == 0
-
-
-async def test_what_lanes_look_at(autojump_clock: trio.testing.MockClock) -> None:
+def test_what_lanes_look_at() -> None:
     memory = [10_000]
     some = Dirty(lambda: memory[0])
     woken: list[int] = []
@@ -160,24 +109,3 @@ async def test_what_lanes_look_at(autojump_clock: trio.testing.MockClock) -> Non
     some.poke()  # the thresholds follow memory, and it is above them now
     assert woken == [600]
     assert some.counts[dirty.COUNT_FREERUN] == (some.background + some.limit) // 2
-
-
-async def test_lanes_see_the_line(autojump_clock: trio.testing.MockClock) -> None:
-    some = make()
-    counts.dirtied(some, some.limit)
-    scope = trio.CancelScope()
-
-    async def writer() -> None:
-        with scope:
-            await some.balance(1)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(writer)
-        nursery.start_soon(some.balance, 1)
-        await trio.testing.wait_all_tasks_blocked()
-        assert some.counts[dirty.COUNT_WAITERS] == 2
-        scope.cancel()
-        await trio.testing.wait_all_tasks_blocked()
-        assert some.counts[dirty.COUNT_WAITERS] == 1
-        counts.throw_away(some, 1)
-        assert some.counts[dirty.COUNT_WAITERS] == 0

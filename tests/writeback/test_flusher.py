@@ -16,6 +16,7 @@ from tests.writeback import counts
 from writeback.dirty import Dirty
 from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher
 from writeback.mapping import INODE_DIRTY, LISTED, STATE
+from writeback.throttle import Throttle
 
 MINUTE_S = 60.0
 
@@ -47,6 +48,7 @@ class FakeMappings:
         self.while_writing: Callable[[int], None] = lambda handle: None
         self.memory = FakeMemory()
         self.dirty = Dirty(lambda: 100_000)
+        self.throttle = Throttle(self.dirty)
         self.flusher = Flusher(self.memory, self, self.dirty, logging.getLogger("nofailfs.test"))
 
     def state(self, handle: int) -> Any:
@@ -74,6 +76,7 @@ class FakeMappings:
         self.states["ndirty"][handle] += pages
         self.flusher.enlist(handle)
         counts.dirtied(self.dirty, pages)
+        self.throttle.dirtied(handle, pages)
 
     async def write_range(
         self, handle: int, start: int, end: int, *, integrity: bool, budget: int
@@ -84,11 +87,13 @@ class FakeMappings:
             raise OSError(5, "told to fail")
         pages = min(int(self.states["ndirty"][handle]), budget)
         self.states["ndirty"][handle] -= pages
+        self.throttle.submitting()
         counts.start_writeback(self.dirty, pages)
         self.log.append((trio.current_time(), handle, pages, integrity))
         self.while_writing(handle)
         await trio.sleep(self.seconds)
         counts.end_writeback(self.dirty, pages)
+        self.throttle.completed()
         return pages
 
     async def write_object(self, handle: int) -> None:
@@ -218,16 +223,16 @@ async def test_waiting_writers_get_through(autojump_clock: trio.testing.MockCloc
 
         async def writer(handle: int) -> None:
             for _ in range(200):
-                await m.dirty.balance(100)
+                await m.throttle.balance(handle)
                 m.make_dirty(handle, 100)
-                assert m.dirty.nr_dirty + m.dirty.nr_writeback <= m.dirty.limit + 500
+                assert m.dirty.busy <= m.dirty.limit + 500
             done.append(handle)
 
         async with trio.open_nursery() as nursery:
             for handle in range(1, 6):
                 nursery.start_soon(writer, handle)
         assert sorted(done) == [1, 2, 3, 4, 5]
-        assert m.dirty.throttled > 0
+        assert m.throttle.paused > 0
 
 
 async def test_a_failing_owner_does_not_stop_the_task(

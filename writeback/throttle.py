@@ -1,0 +1,222 @@
+"""Writers held back to what the device sustains: balance_dirty_pages.
+
+A writer is whoever writes one file: writes to it stand in line at its IOLOCK, and FUSE does not
+always say which task writes. Below the ceiling of free run nobody is held back and nothing is
+known of writers; above it each has counted pages, and after some of them pauses for as long as the
+device takes for them at the writer's rate (`bandwidth.py`, `position.py`, `pause.py`). Time that a
+writer spent otherwise since its last pause is credited, up to a second. At the limit writers pause
+until there is room again. Writers do no I/O: they wake the flusher.
+
+What a writer dirtied and did not pay for when it is forgotten (the table is small, and whoever
+wrote longest ago leaves it) goes to the next one, so that many small files are held back as one
+large one is.
+
+Invariant: busy pages <= limit + what each writer dirties in one step. Trio thread only, by trio's
+clock, in whole milliseconds. Formulas and constants are the kernel's (mm/page-writeback.c).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import trio
+
+from alloc import lockdep
+from writeback import pause
+from writeback.bandwidth import HZ, INTERVAL_MS, Bandwidth
+from writeback.dirty import RATELIMIT_PAGES, Dirty
+from writeback.position import CALC_SHIFT, Position, pos_ratio
+
+WRITERS_MOST = 256
+FIRST_PAGES = 32  # that a writer may dirty before it is looked at, when nobody ever was
+EXCEEDED_PAGES = 8  # that every writer may, when the device has too much
+CREDIT_MS = HZ
+RATELIMIT_SHARE = 32  # somebody is looked at whenever this part of the threshold was dirtied
+
+
+def now_ms() -> int:
+    """Trio's clock."""
+    return int(trio.current_time() * HZ)
+
+
+class Plan(NamedTuple):
+    """A pause."""
+
+    ms: int
+    pays: bool  # for what was dirtied; else it waits for the limit
+    debt_ms: int  # more that is owed, for the next one
+    next_pages: int  # to be dirtied until then
+
+
+class Writer:
+    """What one writer dirtied since it was looked at, after how many pages it is again."""
+
+    __slots__ = ("nr_dirtied", "nr_dirtied_pause", "paused_when")
+
+    def __init__(self, nr_dirtied_pause: int) -> None:
+        self.nr_dirtied = 0
+        self.nr_dirtied_pause = nr_dirtied_pause
+        self.paused_when = 0  # ms; 0: not yet
+
+    def paid(self, when: int) -> None:
+        """Nothing is owed, as of a time."""
+        self.nr_dirtied = 0
+        self.paused_when = when
+
+
+class Throttle:
+    """Holds the writers of one volume back; all names of writers are handles of mappings."""
+
+    def __init__(self, dirty: Dirty) -> None:
+        self.dirty = dirty
+        self.bandwidth = Bandwidth()
+        self.paused = 0  # pauses
+        self.paused_ms = 0  # asked for in all
+        self.longest_ms = 0
+        self.sleeping = 0  # writers that pause now
+        self._writers: dict[int, Writer] = {}  # who wrote last stands last
+        self._next_pages = FIRST_PAGES  # what the last one may dirty, and new ones, too
+        self._leaks = 0  # pages dirtied by writers that were forgotten
+        self._balanced_at = 0  # pages dirtied in all when somebody was looked at
+        self._highest = 0  # busy pages, since the bandwidth was looked at
+        self._free_at = 0  # ms: when memory was last seen in free run
+
+    # -- what happens to pages ------------------------------------------------------------------
+
+    def dirtied(self, handle: int, pages: int) -> None:
+        """A writer made pages dirty; a kernel has counted them."""
+        self.dirty.dirtied()
+        busy = self.dirty.busy
+        if busy > self.dirty.freerun:
+            self._highest = max(self._highest, busy)
+            self._writer(handle).nr_dirtied += pages
+
+    def submitting(self) -> None:
+        """Pages are about to go to the device."""
+        now = now_ms()
+        idle = not self.dirty.nr_writeback
+        if idle and now - self.bandwidth.stamp_ms > INTERVAL_MS:
+            self.bandwidth.start(now, self.dirty.nr_dirtied, self.dirty.nr_written)
+
+    def completed(self) -> None:
+        """Pages are written, or have failed."""
+        now = now_ms()
+        if self.dirty.busy <= self.dirty.freerun:
+            self._free_at = now
+        self._estimate(now)
+
+    def _estimate(self, now: int) -> None:
+        """Look at the bandwidth, if it is time.
+
+        Where dirty memory stood is where writers brought it: they find room when a write has just
+        ended, and sleep while there is none.
+        """
+        dirty, elapsed = self.dirty, now - self.bandwidth.stamp_ms
+        if elapsed < INTERVAL_MS:
+            return
+        dirty.smooth()
+        at = dirty.position()
+        at = at._replace(dirty=max(at.dirty, self._highest))
+        self._highest = 0
+        held_back = at if at.dirty > at.freerun else None
+        self.bandwidth.update(now, dirty.nr_dirtied, dirty.nr_written, held_back)
+
+    # -- writers --------------------------------------------------------------------------------
+
+    def _writer(self, handle: int) -> Writer:
+        """What is known of a writer, who becomes the last to be forgotten."""
+        writer = self._writers.pop(handle, None)
+        if writer is None:
+            writer = Writer(self._next_pages)
+            if len(self._writers) >= WRITERS_MOST:
+                oldest = next(iter(self._writers))
+                self._leaks += self._writers.pop(oldest).nr_dirtied
+        elif writer.paused_when < self._free_at:
+            writer.paid(self._free_at)
+        self._writers[handle] = writer
+        return writer
+
+    def must_balance(self, handle: int) -> bool:
+        """Whether a writer has to be looked at now; the cheap test before `balance`."""
+        dirty = self.dirty
+        dirty.look()
+        if dirty.busy <= dirty.freerun:
+            return False
+        at = dirty.position()
+        writer = self._writer(handle)
+        ratelimit = writer.nr_dirtied_pause
+        if at.exceeded:
+            ratelimit = min(ratelimit, EXCEEDED_PAGES)
+        inherited = min(self._leaks, max(ratelimit - writer.nr_dirtied, 0))
+        writer.nr_dirtied += inherited
+        self._leaks -= inherited
+        together = max(at.thresh // RATELIMIT_SHARE, RATELIMIT_PAGES)
+        return (
+            at.dirty >= at.hard_limit
+            or writer.nr_dirtied >= ratelimit
+            or dirty.nr_dirtied - self._balanced_at >= together
+        )
+
+    async def balance(self, handle: int) -> None:
+        """Pause for what a writer dirtied, and until there is room below the limit.
+
+        Call it before any folio is taken.
+        """
+        if lockdep.current is not None:
+            lockdep.current.wants(lockdep.FS_RECLAIM)  # the flusher works under it
+        writer = self._writer(handle)
+        self._balanced_at = self.dirty.nr_dirtied
+        pages = writer.nr_dirtied
+        while True:
+            now = now_ms()
+            self.dirty.update()
+            at = self.dirty.position()
+            if at.dirty <= at.freerun:
+                writer.paid(now)
+                writer.nr_dirtied_pause = pause.poll_interval(at.dirty, at.thresh)
+                return
+            self.dirty.wake_flusher()
+            if self.dirty.nr_writeback or now - self.bandwidth.stamp_ms < CREDIT_MS:
+                self._estimate(now)  # else nothing was written: the device was not asked to
+            found = self._plan(writer, pages, at, now)
+            if found is None:
+                return
+            await self._balance_dirty_pages(found.ms)
+            writer.paid(now + found.ms + found.debt_ms)
+            writer.nr_dirtied_pause = self._next_pages = found.next_pages
+            if found.pays and self.dirty.busy < self.dirty.limit:
+                return
+            pages = 0 if found.pays else pages
+
+    def _plan(self, writer: Writer, pages: int, at: Position, now: int) -> Plan | None:
+        """The pause that a writer owes for so many pages; None if it goes on."""
+        bandwidth = self.bandwidth
+        rate = bandwidth.ratelimit * pos_ratio(at, bandwidth.avg) >> CALC_SHIFT
+        longest = pause.max_pause(at.dirty, bandwidth.avg)
+        shortest, next_pages = pause.target(longest, bandwidth.avg, bandwidth.ratelimit, rate)
+        if not rate:
+            return Plan(longest, False, 0, next_pages)
+        since = writer.paused_when or now
+        period = HZ * pages // rate
+        ms = period - (now - since)
+        if ms >= shortest:
+            debt = min(max(ms - longest, 0), longest)  # the rate may have dropped for a moment
+            return Plan(max(min(ms, longest), 1), True, debt, next_pages)
+        if ms < -CREDIT_MS:
+            writer.paid(now)
+        elif period:
+            writer.paid(since + period)
+        elif writer.nr_dirtied_pause <= pages:
+            writer.nr_dirtied_pause += pages
+        return None
+
+    async def _balance_dirty_pages(self, ms: int) -> None:
+        """One pause, named for stack dumps."""
+        self.paused += 1
+        self.paused_ms += ms
+        self.longest_ms = max(self.longest_ms, ms)
+        self.sleeping += 1
+        try:
+            await trio.sleep(ms / HZ)
+        finally:
+            self.sleeping -= 1
