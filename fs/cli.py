@@ -77,8 +77,9 @@ def mount(
 
     Options of -o: ro rw noatime nodiratime relatime strictatime sync dirsync suid dev exec
     allow_other allow_root acl noacl auto_unmount remount paranoid lockdep debug foreground
-    image=PATH scratch=SIZE mkfs=WORDS memory=SIZE cache=none|writethrough|writeback fsname=
-    subtype= log= policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= numa=N
+    image=PATH scratch=SIZE mkfs=WORDS device=bw=,iops=,lat=,jitter=,seed= memory=SIZE
+    cache=none|writethrough|writeback fsname= subtype= log=
+    policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= numa=N
     distance=10:20:... mpol=local|prefer:|prefer-many:|bind:|interleave:|weighted:NODES lanes=N
     transport=device|uring max_write=SIZE latency=auto|on|off stall=SECONDS
     lock_timeout=SECONDS max_background=N read_ahead_kb=N procdir=NAME|off.

@@ -30,6 +30,7 @@ from fs.front import options as grammar
 from fs.front.options import MountOptions
 
 if TYPE_CHECKING:
+    from fs.device.base import Device
     from fs.device.image import ImageFile
 
 EXIT_SYSTEM = 2
@@ -256,9 +257,14 @@ def _run(
     keeper.set(image_fd=device.fileno())
     import trio
 
+    from fs.device import model
+    from fs.device.modeled import Modeled
     from fs.session import Session
 
-    session = Session(options, device, reporter, keeper, log)
+    served: Device = device
+    if options.device:
+        served = Modeled(device, model.parse(options.device))
+    session = Session(options, served, reporter, keeper, log)
     try:
         trio.run(session.run, strict_exception_groups=True)
     except BaseExceptionGroup as group:

@@ -27,7 +27,7 @@ import trio
 from alloc import lockdep, policy
 from alloc.pressure import serves_requests
 from fs import daemon, mounts, runfile, stat, tuning, warmup
-from fs.device.image import ImageFile
+from fs.device.base import Device
 from fs.errors import UserError
 from fs.front import options as grammar
 from fs.front import statistics
@@ -64,7 +64,7 @@ class Session:
     def __init__(
         self,
         options: MountOptions,
-        device: ImageFile,
+        device: Device,
         reporter: daemon.Starting,
         keeper: runfile.Keeper,
         log: logging.Logger,

@@ -21,6 +21,7 @@ from typing import Any
 
 from alloc import mempolicy, policy, topology
 from alloc.topology import Topology
+from fs.device import model
 from fs.errors import UserError
 
 EXIT_USAGE = 1
@@ -52,6 +53,7 @@ class MountOptions:
     image: str = ""
     scratch_bytes: int = 0
     mkfs: str = ""
+    device: str = ""  # a model of a slower device, as fs.device.model.parse reads it; empty: none
     memory_bytes: int = MEMORY_DEFAULT
     policy: str = "irix"  # the allocator's rule, as alloc.policy.parse reads it
     numa: str = "1"  # nodes that memory is divided into
@@ -139,6 +141,14 @@ def _policy(text: str) -> str:
         return str(policy.parse(text))
     except ValueError as error:
         raise UserError(str(error), EXIT_USAGE) from error
+
+
+def _device(text: str) -> str:
+    try:
+        model.parse(text)
+    except ValueError as error:
+        raise UserError(str(error), EXIT_USAGE) from error
+    return text
 
 
 def _cache(text: str) -> str:
@@ -259,6 +269,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "image": ("image", str),
     "scratch": ("scratch_bytes", parse_size),
     "mkfs": ("mkfs", str),
+    "device": ("device", _device),
     "memory": ("memory_bytes", _memory),
     "policy": ("policy", _policy),
     "numa": ("numa", str),

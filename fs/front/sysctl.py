@@ -22,6 +22,7 @@ from alloc.gfp import KERNEL
 from alloc.mempolicy import WEIGHT_MOST
 from alloc.shrinker import ShrinkerState
 from alloc.watermarks import SCALE_FACTOR_MOST
+from fs.device.modeled import Modeled
 
 if TYPE_CHECKING:
     from fs.volume import Volume
@@ -69,7 +70,7 @@ async def write(tunable: Tunable, data: bytes) -> None:
 
 def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
-    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu, _weights)
+    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu, _weights, _device)
     return {path: tunable for part in parts for path, tunable in part(vol).items()}
 
 
@@ -246,6 +247,26 @@ def _compaction(vol: Volume) -> dict[str, Tunable]:
         "vm/extfrag_threshold": Tunable(
             lambda: compaction.extfrag_threshold, set_threshold, 0, 1000
         ),
+    }
+
+
+def _device(vol: Volume) -> dict[str, Tunable]:
+    """With `device=`: what the modelled device can do. No names of /proc."""
+    device = vol.dev
+    if not isinstance(device, Modeled):
+        return {}
+    model = device.model
+
+    def tunable(field: str, most: int) -> Tunable:
+        return Tunable(
+            lambda: int(getattr(model, field)), lambda value: setattr(model, field, value), 0, most
+        )
+
+    return {
+        "device/bw": tunable("bw", BYTES_MOST),
+        "device/iops": tunable("iops", INT_MOST),
+        "device/lat_us": tunable("lat_us", INT_MOST),
+        "device/jitter_us": tunable("jitter_us", INT_MOST),
     }
 
 

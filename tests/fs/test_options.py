@@ -93,6 +93,7 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
         *("transport=", "transport=pigeon"),
         *("latency=0", "latency=fast"),
         *("policy=", "policy=bsd", "policy=inject", "policy=inject:p=2", "policy=linux:p=1"),
+        *("device=", "device=fast", "device=bw=fast", "device=bw=1M\\,bw=2M", "device=lat=2"),
         *("procdir=", "procdir=.", "procdir=..", "procdir=a/b", "procdir=" + "x" * 256),
     ],
 )
@@ -100,6 +101,12 @@ def test_values_are_checked(word: str) -> None:
     with pytest.raises(UserError) as refused:
         parse(word)
     assert refused.value.exit_code == 1
+
+
+def test_a_model_of_a_device() -> None:
+    chosen = parse("device=bw=50M\\,lat=2ms,ro")
+    assert chosen.device == "bw=50M,lat=2ms"
+    assert "device=bw=50M,lat=2ms" in grammar.describe(chosen)
 
 
 def test_lanes_and_writes() -> None:
