@@ -28,6 +28,7 @@ from writeback.mapping import INODE_DIRTY, LISTED, Mappings
 PERIOD_S = 5.0  # dirty_writeback_centisecs; 0: only when somebody wakes it
 EXPIRE_S = 30.0  # dirty_expire_centisecs
 CHUNK_PAGES = 1024  # 4 MiB of one mapping, then another gets its turn
+MAPPINGS_AT_ONCE = 2  # while blocks are looked up for one, the device has another's data
 ALL_PAGES = 1 << 60  # a budget that is none, and the last page index of any mapping
 
 
@@ -137,12 +138,18 @@ class Flusher:
     async def _round(self) -> None:
         self.rounds += 1
         await self._write_expired()
-        while self._dirty.over_background():
-            if not await self._write_some():
-                break
+        async with trio.open_nursery() as nursery:
+            for _ in range(MAPPINGS_AT_ONCE):
+                nursery.start_soon(self._write_background)
         if self._reclaim_waits:
             await self._write_some()
             self._reclaim_waits = False
+
+    async def _write_background(self) -> None:
+        """One of those who bring dirty memory below the background threshold."""
+        while self._dirty.over_background():
+            if not await self._write_some():
+                break
 
     async def _write_expired(self) -> None:
         """Everything in mappings that joined the list too long ago."""
