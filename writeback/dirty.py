@@ -7,8 +7,9 @@ works, from half-way between it and the threshold (20 %) on writers are held bac
 follows it down slowly when memory shrinks: what was dirtied in good faith is written first.
 
 Counters change by atomic addition, in kernels of any thread; thresholds are the trio thread's.
-Writers that cannot wait (lanes) dirty only below the ceiling of free run, one comparison, and tell
-the trio thread when the flusher has work (`poke`).
+Writers that cannot wait (lanes) dirty below the ceiling of free run, one comparison; above it, up
+to the limit, what the throttle has granted to the file. They tell the trio thread when the flusher
+has work (`poke`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ LIMIT_MIN = 32  # pages: a writer can always dirty something when nothing is dir
 NR_DIRTY, NR_WRITEBACK, NR_DIRTIED, NR_WRITTEN = range(4)
 COUNT_FREERUN = 4  # below it nobody is held back: half-way between the thresholds
 COUNT_BACKGROUND = 5  # above it the flusher has work
+COUNT_LIMIT = 6  # from it on nobody goes on
 NR_COUNTS = 8
 SMOOTH_LOG = 5  # the limit falls by 1/32 of what it is too high, each time
 
@@ -139,7 +141,9 @@ class Dirty:
         self.background = max(background, LIMIT_MIN // 2)
         self._looked_at = self.nr_dirtied
         self.counts[COUNT_BACKGROUND] = self.background
-        self.counts[COUNT_FREERUN] = self.position().freerun
+        at = self.position()
+        self.counts[COUNT_FREERUN] = at.freerun
+        self.counts[COUNT_LIMIT] = at.hard_limit
         assert self.background < self.thresh
 
     def look(self) -> None:

@@ -5,7 +5,8 @@ known here). Its dirty pages are counted and listed here and written by its owne
 `Mappings`. The state (`STATE`) lies in the owner's record of the object, in the arena; a zeroed
 state is that of a clean mapping. Counts and flags may be changed by the owner's writers in other
 threads, under a lock of the owner's, so the flusher only reads them and asks the owner to change
-them; all other fields are the flusher's and change between awaits, on the trio thread.
+them; all other fields are the flusher's and change between awaits, on the trio thread. `credit` is
+the throttle's, and who writes to the object counts it down, one at a time.
 
 A mapping that has dirty pages, pages under write-back or something else to write (`INODE_DIRTY`)
 is on the flusher's list, and LISTED. Writers in other threads dirty only what is LISTED already,
@@ -29,7 +30,7 @@ STATE = np.dtype(
         ("error", "<u4"),  # errno of a failed write that no fsync has told yet
         ("flags", "<u4"),  # LISTED, INODE_DIRTY
         ("synced", "<u4"),  # number of the last sync that has looked at it
-        ("pad0", "<u4"),
+        ("credit", "<i4"),  # pages until its writers are looked at (writeback/throttle.py)
     ]
 )
 assert STATE.itemsize == 40

@@ -2,10 +2,11 @@
 
 A writer is whoever writes one file: writes to it stand in line at its IOLOCK, and FUSE does not
 always say which task writes. Below the ceiling of free run nobody is held back and nothing is
-known of writers; above it each has counted pages, and after some of them pauses for as long as the
-device takes for them at the writer's rate (`bandwidth.py`, `position.py`, `pause.py`). Time that a
-writer spent otherwise since its last pause is credited, up to a second. At the limit writers pause
-until there is room again. Writers do no I/O: they wake the flusher.
+known of writers; above it each has credit for some pages, which lanes may use without asking, and
+when that is used up pauses for as long as the device takes for them at the writer's rate
+(`bandwidth.py`, `position.py`, `pause.py`). Time that a writer spent otherwise since its last pause
+is credited, up to a second. At the limit writers pause until there is room again. Writers do no
+I/O: they wake the flusher.
 
 What a writer dirtied and did not pay for when it is forgotten (the table is small, and whoever
 wrote longest ago leaves it) goes to the next one, so that many small files are held back as one
@@ -17,7 +18,7 @@ clock, in whole milliseconds. Formulas and constants are the kernel's (mm/page-w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
@@ -40,35 +41,37 @@ def now_ms() -> int:
 
 
 class Plan(NamedTuple):
-    """A pause."""
+    """What a writer does now; a pause of 0 is none, because it would be too short."""
 
     ms: int
     pays: bool  # for what was dirtied; else it waits for the limit
-    debt_ms: int  # more that is owed, for the next one
+    paid_until: int  # ms; later than the pause's end: more is owed, with the next one
     next_pages: int  # to be dirtied until then
 
 
 class Writer:
-    """What one writer dirtied since it was looked at, after how many pages it is again."""
+    """What one writer may dirty until it is looked at, and when it last paid.
 
-    __slots__ = ("nr_dirtied", "nr_dirtied_pause", "paused_when")
+    What it has dirtied is what its credit, a word of the mapping, lacks of that.
+    """
+
+    __slots__ = ("nr_dirtied_pause", "paused_when")
 
     def __init__(self, nr_dirtied_pause: int) -> None:
-        self.nr_dirtied = 0
         self.nr_dirtied_pause = nr_dirtied_pause
         self.paused_when = 0  # ms; 0: not yet
 
-    def paid(self, when: int) -> None:
-        """Nothing is owed, as of a time."""
-        self.nr_dirtied = 0
-        self.paused_when = when
-
 
 class Throttle:
-    """Holds the writers of one volume back; all names of writers are handles of mappings."""
+    """Holds the writers of one volume back; all names of writers are handles of mappings.
 
-    def __init__(self, dirty: Dirty) -> None:
+    `credit` is the column of that name in the mappings' records, which whoever holds a file's
+    IOLOCK exclusively counts down.
+    """
+
+    def __init__(self, dirty: Dirty, credit: Any) -> None:
         self.dirty = dirty
+        self._credit = credit
         self.bandwidth = Bandwidth()
         self.paused = 0  # pauses
         self.paused_ms = 0  # asked for in all
@@ -89,7 +92,8 @@ class Throttle:
         busy = self.dirty.busy
         if busy > self.dirty.freerun:
             self._highest = max(self._highest, busy)
-            self._writer(handle).nr_dirtied += pages
+            self._writer(handle)
+            self._credit[handle] -= pages
 
     def submitting(self) -> None:
         """Pages are about to go to the device."""
@@ -128,13 +132,24 @@ class Throttle:
         writer = self._writers.pop(handle, None)
         if writer is None:
             writer = Writer(self._next_pages)
+            self._paid(handle, writer, 0, self._next_pages)
             if len(self._writers) >= WRITERS_MOST:
                 oldest = next(iter(self._writers))
-                self._leaks += self._writers.pop(oldest).nr_dirtied
+                self._leaks += self._nr_dirtied(oldest, self._writers.pop(oldest))
+                self._credit[oldest] = 0
         elif writer.paused_when < self._free_at:
-            writer.paid(self._free_at)
+            self._paid(handle, writer, self._free_at, writer.nr_dirtied_pause)
         self._writers[handle] = writer
         return writer
+
+    def _nr_dirtied(self, handle: int, writer: Writer) -> int:
+        """Pages that a writer has not paid for."""
+        return max(writer.nr_dirtied_pause - int(self._credit[handle]), 0)
+
+    def _paid(self, handle: int, writer: Writer, when: int, pages: int) -> None:
+        """Nothing is owed as of a time, and so many pages may be dirtied."""
+        writer.paused_when = when
+        writer.nr_dirtied_pause = self._credit[handle] = pages
 
     def must_balance(self, handle: int) -> bool:
         """Whether a writer has to be looked at now; the cheap test before `balance`."""
@@ -143,17 +158,18 @@ class Throttle:
         if dirty.busy <= dirty.freerun:
             return False
         at = dirty.position()
+        self._highest = max(self._highest, at.dirty)
         writer = self._writer(handle)
         ratelimit = writer.nr_dirtied_pause
         if at.exceeded:
             ratelimit = min(ratelimit, EXCEEDED_PAGES)
-        inherited = min(self._leaks, max(ratelimit - writer.nr_dirtied, 0))
-        writer.nr_dirtied += inherited
+        inherited = min(self._leaks, max(ratelimit - self._nr_dirtied(handle, writer), 0))
+        self._credit[handle] -= inherited
         self._leaks -= inherited
         together = max(at.thresh // RATELIMIT_SHARE, RATELIMIT_PAGES)
         return (
             at.dirty >= at.hard_limit
-            or writer.nr_dirtied >= ratelimit
+            or self._nr_dirtied(handle, writer) >= ratelimit
             or dirty.nr_dirtied - self._balanced_at >= together
         )
 
@@ -166,49 +182,49 @@ class Throttle:
             lockdep.current.wants(lockdep.FS_RECLAIM)  # the flusher works under it
         writer = self._writer(handle)
         self._balanced_at = self.dirty.nr_dirtied
-        pages = writer.nr_dirtied
+        pages = self._nr_dirtied(handle, writer)
         while True:
             now = now_ms()
             self.dirty.update()
             at = self.dirty.position()
             if at.dirty <= at.freerun:
-                writer.paid(now)
-                writer.nr_dirtied_pause = pause.poll_interval(at.dirty, at.thresh)
+                self._paid(handle, writer, now, pause.poll_interval(at.dirty, at.thresh))
                 return
             self.dirty.wake_flusher()
             if self.dirty.nr_writeback or now - self.bandwidth.stamp_ms < CREDIT_MS:
                 self._estimate(now)  # else nothing was written: the device was not asked to
             found = self._plan(writer, pages, at, now)
             if found is None:
+                if writer.nr_dirtied_pause <= pages:  # too few: more next time
+                    writer.nr_dirtied_pause += pages
+                    self._credit[handle] += pages
                 return
-            await self._balance_dirty_pages(found.ms)
-            writer.paid(now + found.ms + found.debt_ms)
-            writer.nr_dirtied_pause = self._next_pages = found.next_pages
-            if found.pays and self.dirty.busy < self.dirty.limit:
+            if found.ms:
+                self._next_pages = found.next_pages
+                await self._balance_dirty_pages(found.ms)
+            self._paid(handle, writer, found.paid_until, found.next_pages)
+            if not found.ms or (found.pays and self.dirty.busy < self.dirty.limit):
                 return
             pages = 0 if found.pays else pages
 
     def _plan(self, writer: Writer, pages: int, at: Position, now: int) -> Plan | None:
-        """The pause that a writer owes for so many pages; None if it goes on."""
+        """What a writer owes for so many pages; None if that is less than a millisecond."""
         bandwidth = self.bandwidth
         rate = bandwidth.ratelimit * pos_ratio(at, bandwidth.avg) >> CALC_SHIFT
         longest = pause.max_pause(at.dirty, bandwidth.avg)
         shortest, next_pages = pause.target(longest, bandwidth.avg, bandwidth.ratelimit, rate)
         if not rate:
-            return Plan(longest, False, 0, next_pages)
+            return Plan(longest, False, now + longest, next_pages)
         since = writer.paused_when or now
         period = HZ * pages // rate
         ms = period - (now - since)
         if ms >= shortest:
             debt = min(max(ms - longest, 0), longest)  # the rate may have dropped for a moment
-            return Plan(max(min(ms, longest), 1), True, debt, next_pages)
+            ms = max(min(ms, longest), 1)
+            return Plan(ms, True, now + ms + debt, next_pages)
         if ms < -CREDIT_MS:
-            writer.paid(now)
-        elif period:
-            writer.paid(since + period)
-        elif writer.nr_dirtied_pause <= pages:
-            writer.nr_dirtied_pause += pages
-        return None
+            return Plan(0, True, now, writer.nr_dirtied_pause)
+        return Plan(0, True, since + period, writer.nr_dirtied_pause) if period else None
 
     async def _balance_dirty_pages(self, ms: int) -> None:
         """One pause, named for stack dumps."""

@@ -92,7 +92,7 @@ class PageCache:
         self.maps = vol.inodes.table["mapping"]
         self.columns = {name: self.maps[name] for name in self.maps.dtype.names or ()}
         self.dirty = Dirty(self._dirtyable)
-        self.throttle = Throttle(self.dirty)
+        self.throttle = Throttle(self.dirty, self.columns["credit"])
         self.ioends = IoendPool(arena, 1 << self.order_max)
         self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
         self.shadows = ShadowNodes(self)

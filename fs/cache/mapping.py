@@ -6,8 +6,9 @@ in the arena, its `root`; Python reads it as a structured view.
 
 Lanes change `ndirty`, `nrwriteback`, `flags`, `delalloc`, `pending` and `indirect`, too, so these
 change in kernels only, under the mapping's spin lock (R_LOCK); one of them alone may be read
-without it. The dirty list, `error`, `synced`, the readahead window and `map_seq` (under the ILOCK,
-exclusively) are the trio thread's; lanes may read map_seq.
+without it. `credit` is counted down by who holds the IOLOCK exclusively. The dirty list, `error`,
+`synced`, the readahead window and `map_seq` (under the ILOCK, exclusively) are the trio thread's;
+lanes may read map_seq.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -49,6 +50,7 @@ def _word(name: str) -> int:
 W_NDIRTY = _word("ndirty")
 W_NRWRITEBACK = _word("nrwriteback")
 W_FLAGS = _word("flags")
+W_CREDIT = _word("credit")
 W_DELALLOC = _word("delalloc")
 W_PENDING = _word("pending")
 W_INDIRECT = _word("indirect")

@@ -7,10 +7,10 @@ from the stash, bits claimed, zeros where a block is written in part. Size and s
 the copy that they belong to. A write of exactly one folio with nothing cached in its place puts
 the payload folio itself into the mapping, and the lane takes another one.
 
-A lane makes pages dirty only while nobody need be held back, and writes only to a mapping that is
-on the flusher's list. When something is missing it parks: with nothing done and nothing held, or,
-once bytes are in the cache, with the IOLOCK still held, so that the task that goes on
-(`fs/front/laneslow.py`) continues the same atomic write.
+A lane makes pages dirty only in free run, or what the file has credit for, and writes only to a
+mapping that is on the flusher's list. When something is missing it parks: with nothing done and
+nothing held, or, once bytes are in the cache, with the IOLOCK still held, so that the task that
+goes on (`fs/front/laneslow.py`) continues the same atomic write.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -43,7 +43,7 @@ from fs.cache.incore import (
     INODE_WORDS,
     S_NOSEC,
 )
-from fs.cache.mapping import W_FLAGS
+from fs.cache.mapping import W_CREDIT, W_FLAGS
 from fs.cache.radix import ANY, R_LOCK, find_entry, insert_entry, next_entry
 from fs.file import S_ISGID, S_ISUID
 from fs.front.handles import DATA_SYNC, FULL_SYNC, HANDLE_MASK, ORDINARY
@@ -100,6 +100,7 @@ from fs.xfs.stamp import EPOCH_NS
 from writeback.dirty import (
     COUNT_BACKGROUND,
     COUNT_FREERUN,
+    COUNT_LIMIT,
     NR_DIRTIED,
     NR_DIRTY,
     NR_WRITEBACK,
@@ -150,12 +151,16 @@ def _bar(l, root, at, end):
     busy = l.dirty[NR_DIRTY] + l.dirty[NR_WRITEBACK]
     if busy < l.dirty[COUNT_FREERUN]:
         return READY
+    if busy < l.dirty[COUNT_LIMIT] and np.int32(l.m4[root + W_CREDIT]) > 0:
+        return READY
     return READY if _is_dirty(l, root, at, end) else R_DIRTY
 
 
 @helper
 def _written(l, handle, end, pages):
     """Under the spin lock: data up to `end` is in the cache, `pages` became dirty by it."""
+    credit = handle * INODE_WORDS + I4_MAPPING + W_CREDIT
+    l.m4[credit] = (np.int64(l.m4[credit]) - pages) & 0xFFFFFFFF
     note_write(l.m4, l.s8, handle, end, realtime_ns() + EPOCH_NS)
     dirtied = l.dirty[NR_DIRTIED]
     looks = dirtied // RATELIMIT_PAGES != (dirtied - pages) // RATELIMIT_PAGES

@@ -22,7 +22,7 @@ from tests import support
 from tests.fs.imagefiles import IMAGES, a_file, opened
 from tests.fs.lanes import Desk, a_desk
 from tests.fs.test_file import MOST, Model, contents, drop_caches, extents
-from writeback.dirty import COUNT_FREERUN
+from writeback.dirty import COUNT_FREERUN, COUNT_LIMIT
 
 RUNS = [(kind, memory) for kind in ("4k", "1k", "64k") for memory in (8, 64)]
 PAGE = bytes(range(256)) * 16
@@ -180,14 +180,22 @@ async def test_reasons_to_park(scratch: Path) -> None:
         free_run, counts[COUNT_FREERUN] = int(counts[COUNT_FREERUN]), 1
         await parked(desk, ip, "dirty", 4096)
         assert await desk.write(ip, 0, PAGE) == 4096  # what is dirty gets no dirtier
+        credit = vol.pages.columns["credit"]
+        credit[ip.handle] = 1
+        counts[COUNT_LIMIT], limit = 1, int(counts[COUNT_LIMIT])
+        await parked(desk, ip, "dirty", 4096)
+        counts[COUNT_LIMIT], credit[ip.handle] = limit, 1
+        assert await desk.write(ip, 4096, PAGE) == 4096
+        assert credit[ip.handle] == 0
+        await parked(desk, ip, "dirty", 8192)
         counts[COUNT_FREERUN] = free_run
         desk.control[S.C_READ_ONLY] = 1
         await parked(desk, ip, "shutdown", 0)
         desk.control[S.C_READ_ONLY] = 0
         assert not vol.iolocks.held(ip.handle)
         assert not vol.ilocks.held(ip.handle)
-        assert await desk.write(ip, 4096, PAGE) == 4096
-        assert desk.codes["answered"] == 2
+        assert await desk.write(ip, 8192, PAGE) == 4096
+        assert desk.codes["answered"] == 3
 
 
 async def test_a_part_of_a_block_on_the_device_is_read_first(scratch: Path) -> None:

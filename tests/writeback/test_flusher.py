@@ -48,7 +48,7 @@ class FakeMappings:
         self.while_writing: Callable[[int], None] = lambda handle: None
         self.memory = FakeMemory()
         self.dirty = Dirty(lambda: 100_000)
-        self.throttle = Throttle(self.dirty)
+        self.throttle = Throttle(self.dirty, self.states["credit"])
         self.flusher = Flusher(self.memory, self, self.dirty, logging.getLogger("nofailfs.test"))
 
     def state(self, handle: int) -> Any:

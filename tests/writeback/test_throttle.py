@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
@@ -21,7 +22,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.dirty = Dirty(lambda: MEMORY)
-        self.throttle = Throttle(self.dirty)
+        self.throttle = Throttle(self.dirty, np.zeros(1 << 20, np.int32))
         self.bw = BW
         self.steps: dict[int, int] = {}
         self.most = 0  # pages ever dirty or written at a time, beyond the limit of then
@@ -139,7 +140,7 @@ async def test_a_pause_pays_for_what_was_dirtied(autojump_clock: trio.testing.Mo
     machine = held_back()
     throttle = machine.throttle
     assert not throttle.must_balance(1)
-    throttle._writer(1).nr_dirtied = 1024
+    throttle._credit[1] -= 1024
     assert throttle.must_balance(1)
     began = trio.current_time()
     await throttle.balance(1)
@@ -151,7 +152,8 @@ async def test_a_pause_pays_for_what_was_dirtied(autojump_clock: trio.testing.Mo
 
 async def owe(throttle: Throttle, pages: int) -> None:
     """Have writer 1 pay for pages that are written already."""
-    throttle._writer(1).nr_dirtied += pages
+    throttle._writer(1)
+    throttle._credit[1] -= pages
     await throttle.balance(1)
 
 
