@@ -31,6 +31,7 @@ from fs.cache.blocks import MAPPED
 from fs.xfs import ag, bmap, refcount, rmap, stamp
 from fs.xfs import layout as L
 from fs.xfs.owner import Owner
+from writeback import errseq
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
@@ -189,10 +190,11 @@ async def _settle(job: Job) -> None:
     start = job.target << log
     if start > dst.size:
         await truncate.extend(vol, dst, start)
+    since = [int(vol.pages.state(ip.handle)["error"]) for ip in (src, dst)]
     await truncate.write_out(vol, src, job.first << log, (job.first + job.blocks) << log)
     await truncate.write_out(vol, dst, 0, truncate.SIZE_MAX)
-    for ip in (src, dst):
-        failed = int(vol.pages.state(ip.handle)["error"])
+    for ip, before in zip((src, dst), since, strict=True):
+        failed = errseq.errno_since(int(vol.pages.state(ip.handle)["error"]), before)
         if failed:
             raise OSError(failed, f"write-back of inode {ip.ino} failed")
     await truncate.drop_folios(vol, dst, start, (job.target + job.blocks) << log)

@@ -166,10 +166,11 @@ async def remove_privileges(vol: Volume, ip: Inode) -> None:
 # -- the rest ----------------------------------------------------------------------------------
 
 
-async def fsync(vol: Volume, ip: Inode, datasync: bool = False) -> None:
+async def fsync(vol: Volume, ip: Inode, datasync: bool = False, fh: int = 0) -> None:
     """Data, inode and whatever metadata leads to them are on stable storage when this returns.
 
-    Raises the error of a write-back that failed since the last fsync, once; OSError(EIO).
+    fh: the open file on whose behalf. Raises the error of a write-back that failed, which this open
+    file was not told yet; OSError(EIO) after a shutdown.
     """
     vol.check_alive()
     if vol.read_only:
@@ -180,9 +181,8 @@ async def fsync(vol: Volume, ip: Inode, datasync: bool = False) -> None:
         await vol.pages.write_object(ip.handle)
     vol.flusher.settle(ip.handle)
     await vol.flush_metadata()
-    error = int(state["error"])
+    error, state["error"] = vol.told.tell(fh, int(state["error"]))
     if error:
-        state["error"] = 0
         raise OSError(error, "write-back of the file failed earlier")
 
 

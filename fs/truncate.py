@@ -23,6 +23,7 @@ from fs import buffered, delalloc
 from fs.cache import blocks, radix
 from fs.xfs import bmap, stamp
 from fs.xfs import layout as L
+from writeback import errseq
 from writeback.flusher import ALL_PAGES
 from writeback.mapping import INODE_DIRTY
 
@@ -105,7 +106,8 @@ async def write_out(vol: Volume, ip: Inode, start: int, end: int) -> None:
     await pages.write_range(*args, integrity=True, budget=ALL_PAGES)
     vol.check_writable()
     if pages.next(*args, radix.DIRTY):
-        raise OSError(int(pages.state(ip.handle)["error"]) or errno.EIO, "write-back failed")
+        word = int(pages.state(ip.handle)["error"])
+        raise OSError(word & errseq.MAX_ERRNO or errno.EIO, "write-back failed")
 
 
 # -- zeroes ------------------------------------------------------------------------------------

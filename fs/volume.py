@@ -41,6 +41,7 @@ from fs.space import Space
 from fs.xfs import ag, btkind, dirbuf, freespace, inobt, inode, residentino, superblock
 from fs.xfs import layout as L
 from fs.xfs.geometry import Geometry
+from writeback import errseq
 from writeback.flusher import Flusher
 
 MOUNT_FAILED = 32
@@ -92,6 +93,7 @@ class Volume:
         self.on_shutdown: Callable[[], None] = lambda: None  # lanes hear of it so
         self.arena = Arena(memory_bytes, nodes=nodes)
         self.failures = enomem.Failures()
+        self.told = errseq.Told()
         self.ags = ag.Summary(geo)
         self.space = Space(lambda: self.ags.unavailable)
         self.bufs = BufCache(self.arena, device, geo, log, paranoid=paranoid)

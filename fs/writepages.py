@@ -33,6 +33,7 @@ from fs.cache.lock import FOLIO_WRITEBACK
 from fs.xfs import bmap, freespace, refcount
 from fs.xfs import layout as L
 from fs.xfs.owner import Owner
+from writeback import errseq
 from writeback.ioend import Ioend
 from writeback.mapping import INODE_DIRTY
 
@@ -164,7 +165,8 @@ def _fail(vol: Volume, ip: Inode, ioend: Ioend, error: OSError | AllocationFaile
         ioend.error = errno.EIO if vol.shut_down else enomem.ERRNO
     else:
         ioend.error = error.errno or errno.EIO
-    vol.pages.state(ip.handle)["error"] = ioend.error
+    state = vol.pages.state(ip.handle)
+    state["error"] = errseq.failed(int(state["error"]), ioend.error)
     if ioend.error == enomem.ERRNO:
         return
     vol.pages.lost_pages += ioend.nr_pages

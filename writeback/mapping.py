@@ -27,7 +27,7 @@ STATE = np.dtype(
         ("dirtied_when", "<u8"),  # ns of trio's clock, when it joined the list
         ("ndirty", "<u4"),  # pages, whole folios counted
         ("nrwriteback", "<u4"),  # pages on their way to the device
-        ("error", "<u4"),  # errno of a failed write that no fsync has told yet
+        ("error", "<u4"),  # of failed writes: a word of writeback/errseq.py, or 0
         ("flags", "<u4"),  # LISTED, INODE_DIRTY
         ("synced", "<u4"),  # number of the last sync that has looked at it
         ("credit", "<i4"),  # pages until its writers are looked at (writeback/throttle.py)

@@ -16,6 +16,7 @@ DATA_SYNC = 1 << 33  # O_DSYNC: a write returns when its data are on the device
 FULL_SYNC = 1 << 34  # O_SYNC: and the inode as well
 APART = 1 << 36  # no inode behind it: fs/front/procdir.py's
 ORDINARY = 1 << 35  # opened by an ordinary user, whose writes take set-id bits away
+TURN_SHIFT, TURN_BITS = 37, 27  # which open it was, so that no two files have one handle
 
 
 def is_writing(flags: int) -> bool:
@@ -23,10 +24,10 @@ def is_writing(flags: int) -> bool:
     return flags & os.O_ACCMODE != os.O_RDONLY
 
 
-def pack(handle: int, flags: int, uid: int = 0) -> int:
-    """The file handle for an open with these flags by this user."""
+def pack(handle: int, flags: int, uid: int = 0, turn: int = 0) -> int:
+    """The file handle for an open with these flags by this user, the `turn`-th of all."""
     assert 0 < handle <= HANDLE_MASK
-    word = handle | (ORDINARY if uid else 0)
+    word = handle | (ORDINARY if uid else 0) | (turn & (1 << TURN_BITS) - 1) << TURN_SHIFT
     if is_writing(flags):
         word |= WRITE
     if flags & os.O_SYNC == os.O_SYNC:

@@ -112,7 +112,7 @@ async def write(front: Front, msg: memoryview, slot: int) -> bytes:
         kill = bool(ordinary or flags & WRITE_KILL_SUIDGID)
         done = await file.write(vol, ip, offset, data, kill_privileges=kill)
     if fh & (handles.DATA_SYNC | handles.FULL_SYNC):
-        await file.fsync(vol, ip, not fh & handles.FULL_SYNC)
+        await file.fsync(vol, ip, not fh & handles.FULL_SYNC, fh)
     return WRITTEN.pack(done)
 
 

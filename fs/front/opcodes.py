@@ -131,7 +131,7 @@ def _check_changeable(ip: Inode) -> None:
 async def _changed(front: Front, ip: Inode, fh: int) -> None:
     """With O_SYNC the change is on the device when the call returns."""
     if fh & SYNC:
-        await file.fsync(front.vol, ip, not fh & handles.FULL_SYNC)
+        await file.fsync(front.vol, ip, not fh & handles.FULL_SYNC, fh)
 
 
 async def _fallocate(front: Front, msg: memoryview, slot: int) -> bytes:

@@ -63,6 +63,7 @@ class Operations(pyfuse3.Operations):
         self.enable_writeback_cache = options.cache == "writeback"
         self.direct = options.cache == "none"
         self._sync = handles.FULL_SYNC if options.sync else 0
+        self._opens = 0  # so far
         self.dirsync = options.sync or options.dirsync
         self.times = AccessTimes(vol, options.atime, directories=options.diratime)
         self.proc = ProcDir(vol, options.procdir)
@@ -370,9 +371,11 @@ class Operations(pyfuse3.Operations):
 
     def file_info(self, ip: Inode, flags: int, uid: int) -> pyfuse3.FileInfo:
         """The reply to an open; the reference on `ip` becomes the file handle's."""
-        fh = handles.pack(ip.handle, flags, uid) | self._sync
+        self._opens += 1
+        fh = handles.pack(ip.handle, flags, uid, self._opens) | self._sync
         if ip.flags & L.DIFLAG_SYNC:
             fh |= handles.FULL_SYNC
+        self.vol.told.opened(fh, int(self.vol.pages.state(ip.handle)["error"]))
         return pyfuse3.FileInfo(fh=fh, direct_io=self.direct, keep_cache=not self.direct)
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -412,7 +415,7 @@ class Operations(pyfuse3.Operations):
         kill = self.direct and bool(fh & handles.ORDINARY)
         done = await file.write(self.vol, ip, off, buf, kill_privileges=kill)
         if fh & (handles.DATA_SYNC | handles.FULL_SYNC):
-            await file.fsync(self.vol, ip, not fh & handles.FULL_SYNC)
+            await file.fsync(self.vol, ip, not fh & handles.FULL_SYNC, fh)
         return done
 
     async def flush(self, fh: int) -> None:
@@ -420,13 +423,14 @@ class Operations(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await file.fsync(self.vol, self.opened(fh), datasync)
+        await file.fsync(self.vol, self.opened(fh), datasync, fh)
 
     def closed(self, fh: int) -> None:
         """Nobody has this file or directory open any more: drop the handle's reference."""
         if procdir.is_open(fh):
             self.proc.close(fh)
         else:
+            self.vol.told.closed(fh)
             self.vol.inodes.put(self.opened(fh))
 
     async def release(self, fh: int) -> None:

@@ -118,7 +118,7 @@ async def test_cached_blocks_of_the_source_are_no_longer_its_own(
 ) -> None:
     """Clean and dirty folios of the source, which were writable in place, are no longer."""
     image = support.mkfs(scratch, *args)
-    async with opened(image) as vol, files(vol, "ab") as (a, b):
+    async with opened(image, 32 << 20) as vol, files(vol, "ab") as (a, b):
         bs = vol.geo.block_size
         data = os.urandom(40 * bs)
         await file.write(vol, a, 0, data)
@@ -173,7 +173,7 @@ async def test_what_was_there_gives_way(scratch: Path, args: tuple[str, ...]) ->
 
 async def test_holes_and_unwritten_blocks_become_holes(scratch: Path) -> None:
     image = support.mkfs(scratch)
-    async with opened(image) as vol, files(vol, "ab") as (a, b):
+    async with opened(image, 32 << 20) as vol, files(vol, "ab") as (a, b):
         bs = vol.geo.block_size
         await file.truncate(vol, a, 30 * bs)
         await file.write(vol, a, 5 * bs, b"x" * 3 * bs)

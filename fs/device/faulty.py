@@ -1,0 +1,125 @@
+"""A device that fails now and then: another one, and how often which of its calls go wrong.
+
+For experiments and tests. A call that fails raises OSError(EIO) and has done nothing, but for a
+torn write: some of its sectors from the beginning are on the device then, as when power is lost.
+Each request is decided by the seed and its turn, so a run with the same requests fails in the same
+places. With a range only requests that touch it fail; the shares may be changed at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fs.device.base import Device, Views
+
+SECTOR = 512
+SHARE = re.compile(r"0|1|0?\.\d+|1\.0+", re.ASCII)
+NUMBER = re.compile(r"\d+", re.ASCII)
+SHARES = ("read", "write", "torn", "flush")
+HELP = "read=P,write=P,torn=P,flush=P,seed=N,first=BYTE,last=BYTE (each P from 0 to 1)"
+
+
+@dataclass
+class Faults:
+    """Which share of the calls goes wrong, of those that touch bytes `first` to `last`."""
+
+    read: float = 0.0
+    write: float = 0.0
+    torn: float = 0.0
+    flush: float = 0.0
+    seed: int = 0
+    first: int = 0
+    last: int = (1 << 63) - 1
+
+    def touches(self, offset: int, nbytes: int) -> bool:
+        """Whether a request may fail at all."""
+        return offset <= self.last and offset + nbytes > self.first
+
+
+def parse(text: str) -> Faults:
+    """The faults that an option describes. Raises ValueError for what are none."""
+    found: dict[str, float | int] = {}
+    for word in text.split(","):
+        name, _, value = word.partition("=")
+        share = name in SHARES
+        known = share or name in ("seed", "first", "last")
+        if name in found or not known or not (SHARE if share else NUMBER).fullmatch(value):
+            raise ValueError(f"faults={text}: '{word}' is none of {HELP}, each once")
+        found[name] = float(value) if share else int(value)
+    return Faults(**found)  # type: ignore[arg-type]
+
+
+class Faulty:
+    """A device with faults. `failed` counts them by the name of the share."""
+
+    def __init__(self, inner: Device, faults: Faults) -> None:
+        self._inner = inner
+        self.faults = faults
+        self._random = random.Random(faults.seed)
+        self.failed = dict.fromkeys(SHARES, 0)
+        self.name = inner.name
+        self.size = inner.size
+        self.read_only = inner.read_only
+
+    def _fails(self, kind: str, offset: int = 0, nbytes: int = 0) -> bool:
+        drawn = self._random.random()
+        if drawn >= getattr(self.faults, kind):
+            return False
+        if kind != "flush" and not self.faults.touches(offset, nbytes):
+            return False
+        self.failed[kind] += 1
+        return True
+
+    async def read(self, offset: int, views: Views) -> None:
+        if self._fails("read", offset, _length(views)):
+            raise OSError(errno.EIO, f"injected: read of byte {offset} failed")
+        await self._inner.read(offset, views)
+
+    async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
+        for offset, views in requests:
+            if self._fails("read", offset, _length(views)):
+                raise OSError(errno.EIO, f"injected: read of byte {offset} failed")
+        await self._inner.read_all(requests)
+
+    async def write(self, offset: int, views: Views) -> None:
+        nbytes = _length(views)
+        if self._fails("write", offset, nbytes):
+            raise OSError(errno.EIO, f"injected: write of byte {offset} failed")
+        if self._fails("torn", offset, nbytes):
+            written = self._random.randrange(nbytes // SECTOR) * SECTOR
+            if written:
+                await self._inner.write(offset, _beginning(views, written))
+            raise OSError(
+                errno.EIO, f"injected: {written} of {nbytes} bytes written at byte {offset}"
+            )
+        await self._inner.write(offset, views)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._inner.discard(offset, length)
+
+    async def flush(self) -> None:
+        if self._fails("flush"):
+            raise OSError(errno.EIO, "injected: flush failed")
+        await self._inner.flush()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _length(views: Views) -> int:
+    return sum(view.nbytes for view in views)
+
+
+def _beginning(views: Views, nbytes: int) -> list[memoryview]:
+    """The first bytes of some views."""
+    found = []
+    for view in views:
+        part = view[: min(view.nbytes, nbytes)]
+        nbytes -= part.nbytes
+        if part.nbytes:
+            found.append(part)
+    return found
