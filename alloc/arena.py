@@ -144,7 +144,6 @@ class Arena:
         self.stalls = Stalls(self)
         self.stall_seconds = STALL_S  # a wait that lasts as long is reported
         self.holders: Callable[[trio.lowlevel.Task], list[str]] = no_locks  # by stall reports
-        self.reclaim = Reclaim(self.nodes, self.vmstat, lambda: len(self.queue))
         self.lru = Lru(
             self.buddy,
             self.vmstat,
@@ -152,6 +151,7 @@ class Arena:
             self.slow.wanted_order,
             lambda: self.reclaim.who,
         )
+        self.reclaim = Reclaim(self.nodes, self.lru, self.vmstat, self.slow.waiting)
         self.compaction = Compaction(
             self.buddy, self.nodes, self.vmstat, self.drain_all, self.queue.serve_soon
         )
@@ -202,7 +202,7 @@ class Arena:
         pfn: int = pcp.alloc_block(*self.buddy, rows.TRIO, order, rights)
         if pfn <= 0:
             if pfn:
-                self.reclaim.wake_kswapd()
+                self.reclaim.wake_kswapd(placed)
                 pfn = -pfn
             else:
                 pfn = await self.slow.wait(self._folio_request(order, gfp, placed))
@@ -261,7 +261,7 @@ class Arena:
             self.drain_all()
             pfn = pcp.alloc_block(*self.buddy, rows.TRIO, order, rights)
         if pfn < 0:
-            self.reclaim.wake_kswapd()
+            self.reclaim.wake_kswapd(rights)
         return abs(pfn)
 
     def _folio_request(self, order: int, gfp: int, placed: int) -> Request:
@@ -393,7 +393,8 @@ class Arena:
             nursery.start_soon(self.rcu.reaper, lambda: bool(self.queue))
             for node in self.compaction.nodes:
                 nursery.start_soon(node.kcompactd)
-            await self.reclaim.background.run()
+            for kswapd in self.reclaim.kswapds:
+                nursery.start_soon(kswapd.run)
 
     async def _refresh(self) -> None:
         while True:
@@ -408,7 +409,7 @@ class Arena:
         if self.queue or any(words[W_FREE] < words[W_LOW] for words in self.nodes):
             self.queue.serve()
             self.reclaim.kick()
-            self.queue.nudge(everyone=not self.reclaim.background.running)
+            self.queue.nudge(everyone=not self.reclaim.running)
 
     def set_watermarks(self, min_free_kbytes: int, scale_factor: int) -> None:
         """Other marks, from now on.
@@ -482,7 +483,8 @@ class Arena:
 
     def zoneinfo(self) -> str:
         """Marks and counts of each node, as /proc/zoneinfo prints them."""
-        return zoneinfo(self.nodes, self.vmstat)
+        hopeless = [kswapd.hopeless for kswapd in self.reclaim.kswapds]
+        return zoneinfo(self.nodes, self.vmstat, hopeless)
 
     def pagetypeinfo(self) -> str:
         """Free blocks and pageblocks by migratetype, as /proc/pagetypeinfo prints them."""
@@ -536,7 +538,7 @@ class Slab:
         if i > 0:
             return i
         if i < 0:
-            arena.reclaim.wake_kswapd()
+            arena.reclaim.wake_kswapd(placed)
             return -i
         return await arena.slow.wait(self._request(gfp, placed))
 
@@ -561,7 +563,7 @@ class Slab:
             arena.drain_all()
             i = magazine.slab_alloc(*arena.slabs, arena.mem, self.number, rights, rows.TRIO)
         if i < 0:
-            arena.reclaim.wake_kswapd()
+            arena.reclaim.wake_kswapd(rights)
         return abs(i)
 
     def free(self, i: int) -> None:

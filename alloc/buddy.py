@@ -25,7 +25,7 @@ import numpy as np
 from alloc.atomic import fetch_add_acq_rel, load_acquire, spin_lock, spin_unlock
 from alloc.freelist import block_type, merge_and_push, push, smallest, split, unlink
 from alloc.jit import helper, inlined, kernel
-from alloc.lru import BUDDY_ARGS, try_get, unlink_lru
+from alloc.lru import BUDDY_ARGS, leave_lru, try_get
 from alloc.page import (
     BUSY,
     HEAD,
@@ -45,7 +45,6 @@ from alloc.page import (
     W_HIGH,
     W_LOW,
     W_LOWEST,
-    W_LRU_LOCK,
     W_MIN,
     W_PGALLOC,
     W_PGFREE,
@@ -189,9 +188,7 @@ def drop(b, pfn):
         fetch_add_acq_rel(b.refs, pfn, 1)
         return FREED_WHILE_BUSY
     if b.flags[pfn] & LRU != 0:
-        spin_lock(b.words, W_LRU_LOCK)
-        unlink_lru(b, pfn)
-        spin_unlock(b.words, W_LRU_LOCK)
+        leave_lru(b, pfn)
     return LAST
 
 

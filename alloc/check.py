@@ -86,8 +86,8 @@ def check(arena: Arena) -> None:
         _check_zone(words)
         free |= _check_free_lists(arena, words)
         listed |= _check_rows(arena, words)
+        _check_lru(arena, words)
     _check_pages(arena, free, listed)
-    _check_lru(arena)
     _check_deferred(arena, allocated)
     _check_vmalloc(arena)
     for slab in arena.slab_caches:
@@ -235,9 +235,9 @@ def _check_pages(arena: Arena, free: dict[int, int], listed: set[int]) -> None:
     assert pfn == arena.nr_pages
 
 
-def _check_lru(arena: Arena) -> None:
-    """Both lists hold exactly the folios with LRU, each the ones its ACTIVE says."""
-    words, pages = arena.words, arena.pages
+def _check_lru(arena: Arena, words: Words) -> None:
+    """Both lists of a node hold exactly its folios with LRU, each the ones its ACTIVE says."""
+    pages, span = arena.pages, range(int(words[W_START]), int(words[W_END]))
     listed = 0
     for active in (0, 1):
         at = W_LRU + active * LRU_STRIDE
@@ -246,11 +246,13 @@ def _check_lru(arena: Arena) -> None:
         for pfn in folios:
             flags = int(pages.flags[pfn])
             assert flags & LRU, f"folio {pfn} is listed without LRU"
+            assert pfn in span, f"folio {pfn} is listed on another node"
             assert bool(flags & ACTIVE) == bool(active), f"folio {pfn} is on the wrong list"
         size = sum(1 << int(pages.order[pfn]) for pfn in folios)
         assert size == int(words[at + LRU_PAGES]), "pages of an LRU list"
         listed += len(folios)
-    assert listed == int(np.count_nonzero(pages.flags & LRU)), "folios with LRU on no list"
+    marked = np.count_nonzero(pages.flags[span.start : span.stop] & LRU)
+    assert listed == int(marked), "folios with LRU on no list"
 
 
 def _check_slab(arena: Arena, words: Words, slab: Slab) -> None:

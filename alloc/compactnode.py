@@ -11,7 +11,7 @@ unless at full priority. kcompactd does the same in the background for what was 
 keeps the fragmentation score below its mark (`proactiveness`).
 
 Runs are steps on the trio thread. Nothing is isolated between two steps, so they may interleave.
-Free lists are the node's; what concerns the LRU, which is common to all, takes the words of all.
+Lists are the node's; `settle` takes the words of all nodes.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class NodeCompaction:
         assert mover is not None
         sources, targets, verdicts = self._sources, self._targets, self._verdicts
         while True:
-            n = int(isolate(*self._all, run.state, unit, run.order, sources))
+            n = int(isolate(*self._here, run.state, unit, run.order, sources))
             if n <= 0:
                 return n == 0
             args = (run.state, unit, run.order, sources, targets, n)

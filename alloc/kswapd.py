@@ -1,28 +1,32 @@
-"""kswapd: background reclaim, from the mark `low` up to `high`.
+"""kswapd: background reclaim of a node, from its mark `low` up to `high`.
 
-A run makes passes at priorities 12 down to 1 until enough is free and nobody waits; the priority
-falls when a pass looked at too little or freed nothing. After a run that reached its aim it naps
-for 100 ms, looks again, and only then sleeps until it is woken; the counters kswapd_*_hit_quickly
-say what ended a nap. A run that frees nothing at all is a failure, and so is the sleep after it:
-it ends after 100 ms, or when an I/O has ended.
+It is woken for the nodes of a request when none of them stays above `low`. A run makes passes at
+priorities 12 down to 1 until enough is free and nobody waits; the priority falls when a pass looked
+at too little or freed nothing. After a run that reached its aim it naps for 100 ms, looks again,
+and only then sleeps until it is woken; the counters kswapd_*_hit_quickly say what ended a nap. A
+run that frees nothing at all is a failure, and so is the sleep after it: it ends after 100 ms, or
+when an I/O has ended.
 
 After 16 failures in a row the node is hopeless, and kswapd stays down: each pass costs a look at
 everything. That is over when anybody's pass frees something, or an I/O ends (`kick`). Only a
 request that may not reclaim on its own behalf still wakes it: nobody else would look for it.
+
+Caches that know no nodes free memory anywhere. They are asked while memory is short on all nodes
+together, or somebody waits: one node that is full of what stays must not cost everybody names.
 
 Trio thread only; reads the free count and the marks without a lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
 from alloc import gfp as gfp_flags
-from alloc.page import W_FREE, W_HIGH, W_KSWAPD, Words
+from alloc.page import W_BOOST, W_FREE, W_HIGH, W_KSWAPD, Words
 from alloc.shrinker import PRIORITY_FIRST
 from alloc.throttle import SWAP_CLUSTER_MAX, WRITEBACK
 from alloc.vmstat import VmStat
@@ -39,13 +43,19 @@ PRIORITY_LAST = 1
 
 
 class Kswapd:
-    """The background reclaimer of one arena."""
+    """The background reclaimer of one node, whose words these are."""
 
     def __init__(
-        self, reclaim: Reclaim, nodes: Sequence[Words], vmstat: VmStat, waiting: Callable[[], int]
+        self,
+        reclaim: Reclaim,
+        nid: int,
+        words: Words,
+        vmstat: VmStat,
+        waiting: Callable[[int], int],
     ) -> None:
         self._reclaim = reclaim
-        self._nodes = nodes
+        self._nid = nid
+        self._words = words
         self._vmstat = vmstat
         self._waiting = waiting
         self._wake = trio.Event()
@@ -68,13 +78,15 @@ class Kswapd:
 
         `helpless`: for a request that may not reclaim itself; a hopeless kswapd hears it, too.
         """
-        if helpless or not self.hopeless:
+        if self._wake.is_set() or self.hopeless and not helpless:
+            return
+        if not self._balanced(int(self._words[W_BOOST])):
             self._wake.set()
 
     def kick(self) -> None:
         """Something became reclaimable: there is hope, and no more holding back."""
         self.failures = 0
-        self._wake.set()
+        self.wake()
         self._kicked.set()
 
     async def run(self) -> None:
@@ -105,7 +117,7 @@ class Kswapd:
 
     async def _nap(self) -> bool:
         """After a run that reached its aim: whether another is due so soon."""
-        self._reclaim.throttle.balanced()
+        self._reclaim.throttles[self._nid].balanced()
         with trio.move_on_after(NAP_S):
             await self._wake.wait()
         if self._wake.is_set():
@@ -128,15 +140,11 @@ class Kswapd:
         return True
 
     def _balanced(self, boost: int = 0) -> bool:
-        return self._short(boost) <= 0 and not self._waiting()
+        return self._short(boost) <= 0 and not self._waiting(self._nid)
 
     def _short(self, boost: int = 0) -> int:
-        """Pages that are missing to `high`, and to what a boost adds; of all nodes together.
-
-        Nothing is short while others have memory for what falls over from a full node: one that is
-        full of what can not be reclaimed must not cost the rest its cache.
-        """
-        return sum(int(words[W_HIGH] - words[W_FREE]) for words in self._nodes) + boost
+        """Pages that are missing to `high`, and to what a boost adds."""
+        return int(self._words[W_HIGH] - self._words[W_FREE]) + boost
 
     async def _balance(self) -> bool:
         """One run; whether it reached its aim.
@@ -146,19 +154,23 @@ class Kswapd:
         looking at more than a part of everything. With this run it is over either way.
         """
         self._vmstat.add("pageoutrun")
-        reclaim = self._reclaim
-        enough = max(sum(int(words[W_HIGH]) for words in self._nodes), SWAP_CLUSTER_MAX)
+        reclaim, nids = self._reclaim, (self._nid,)
+        throttle = reclaim.throttles[self._nid]
+        enough = max(int(self._words[W_HIGH]), SWAP_CLUSTER_MAX)
         priority, total = PRIORITY_FIRST, 0
-        boost = sum(int(take_boost(words)) for words in self._nodes)
+        boost = int(take_boost(self._words))
         while not self._balanced(boost):
             target = max(self._short(boost), SWAP_CLUSTER_MAX)
-            freed = reclaim.shrink_all(priority, gfp_flags.KERNEL, "kswapd", target)
+            common = reclaim.short() + boost > 0 or self._waiting(self._nid) > 0
+            freed = reclaim.shrink_all(
+                priority, gfp_flags.KERNEL, "kswapd", target, nids, common
+            )
             total += freed
             self._note_pass()
             if self._balanced(boost) or self._balanced() and priority <= BOOST_PRIORITY_LAST:
                 break
-            if reclaim.throttle.stat.immediate:
-                await reclaim.throttle.wait(WRITEBACK)
+            if throttle.stat.immediate:
+                await throttle.wait(WRITEBACK)
             if freed < SWAP_CLUSTER_MAX and priority <= CLEANERS_BELOW_PRIORITY:
                 reclaim.wake_cleaners()
             if not freed or reclaim.scanned < enough:
@@ -172,12 +184,8 @@ class Kswapd:
     @contextmanager
     def _working(self) -> Iterator[None]:
         """While kswapd works, rows keep little (alloc/pcp.py)."""
-        self._set_working(1)
+        self._words[W_KSWAPD] = 1
         try:
             yield
         finally:
-            self._set_working(0)
-
-    def _set_working(self, value: int) -> None:
-        for words in self._nodes:
-            words[W_KSWAPD] = value
+            self._words[W_KSWAPD] = 0

@@ -1,4 +1,4 @@
-"""The LRU lists, active and inactive, of page cache folios.
+"""The LRU lists, active and inactive, of page cache folios: two for each node.
 
 A folio is on a list exactly when its head has LRU; ACTIVE says which. Links are the descriptors'
 lru_next/lru_prev; folios enter at the head, reclaim takes from the inactive tail, and a second
@@ -13,7 +13,9 @@ last put takes a folio off its list.
 
 While a request for a larger block waits, isolating is lumpy: with the folio at the tail come all
 folios of the aligned block around it, active ones too, unless something in the block can not be
-evicted at all. Sizes are counted in pages. One lock, held for one batch at most.
+evicted at all. Sizes are counted in pages. Each node has a lock, held for one batch at most.
+
+Kernels and helpers take the words of all nodes; `at` is the index of a node's row in them.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -34,6 +36,7 @@ from alloc.atomic import (
     spin_unlock,
 )
 from alloc.jit import helper, kernel
+from alloc.node import row_of
 from alloc.page import (
     ACTIVE,
     BUDDY,
@@ -48,6 +51,9 @@ from alloc.page import (
     REFERENCED,
     W_LRU,
     W_LRU_LOCK,
+    W_NODES,
+    W_SPAN,
+    W_STRIDE,
     WORKINGSET,
     Buddy,
 )
@@ -87,17 +93,17 @@ def try_get(b, pfn):
 
 
 @helper
-def _list_of(b, pfn):
+def list_of(b, at, pfn):
     """Index in `words` of the list a folio belongs to by its ACTIVE flag."""
     if b.flags[pfn] & ACTIVE != 0:
-        return W_LRU + LRU_STRIDE
-    return W_LRU
+        return at + W_LRU + LRU_STRIDE
+    return at + W_LRU
 
 
 @helper
-def unlink_lru(b, pfn):
-    """Under the LRU lock: take a folio off the list it is on."""
-    at = _list_of(b, pfn)
+def unlink_lru(b, row, pfn):
+    """Under the LRU lock of its node: take a folio off the list it is on."""
+    at = list_of(b, row, pfn)
     after = np.int64(b.lru_next[pfn])
     before = np.int64(b.lru_prev[pfn])
     if after != 0:
@@ -115,9 +121,9 @@ def unlink_lru(b, pfn):
 
 
 @helper
-def _link_lru(b, pfn, at_tail):
-    """Under the LRU lock: put a folio at an end of the list that ACTIVE names."""
-    at = _list_of(b, pfn)
+def link_lru(b, row, pfn, at_tail):
+    """Under the LRU lock of its node: put a folio at an end of the list that ACTIVE names."""
+    at = list_of(b, row, pfn)
     head = b.words[at + LRU_HEAD]
     tail = b.words[at + LRU_TAIL]
     if at_tail:
@@ -141,6 +147,15 @@ def _link_lru(b, pfn, at_tail):
 
 
 @helper
+def leave_lru(b, pfn):
+    """A folio whose last reference is gone leaves its list."""
+    row = row_of(b.words, pfn)
+    spin_lock(b.words, row + W_LRU_LOCK)
+    unlink_lru(b, row, pfn)
+    spin_unlock(b.words, row + W_LRU_LOCK)
+
+
+@helper
 def _evictable_block(b, base, size):
     """Whether everything in an aligned block is free or on an LRU list."""
     if base + size > b.flags.size:
@@ -155,24 +170,24 @@ def _evictable_block(b, base, size):
 
 
 @helper
-def _isolate_one(b, pfn, out, n):
+def _isolate_one(b, row, pfn, out, n):
     """Under the LRU lock: take a folio off its list with a reference; the new count."""
     if not try_get(b, pfn):
         return n  # its last reference is being dropped
-    unlink_lru(b, pfn)
+    unlink_lru(b, row, pfn)
     fetch_and_acq_rel(b.flags, pfn, 0xFFFFFFFF ^ ACTIVE)
     out[n] = pfn
     return n + 1
 
 
 @helper
-def _isolate_block(b, base, size, out, n):
+def _isolate_block(b, row, base, size, out, n):
     """Under the LRU lock: isolate every folio of an evictable block."""
     pfn = base
     while pfn < base + size:
         step = 1 << np.int64(b.order[pfn])
         if b.flags[pfn] & LRU != 0:
-            n = _isolate_one(b, pfn, out, n)
+            n = _isolate_one(b, row, pfn, out, n)
         pfn += step
     return n
 
@@ -184,73 +199,76 @@ def lru_move(words, flags, order, refs, lru_next, lru_prev, pfn, what):
     if flags[pfn] & HEAD == 0:
         return NOT_A_FOLIO
     code = DONE
-    spin_lock(words, W_LRU_LOCK)
+    row = row_of(words, pfn)
+    spin_lock(words, row + W_LRU_LOCK)
     listed = flags[pfn] & LRU != 0
     if what == ADD:
         if listed:
             code = NOTHING
         else:
-            _link_lru(b, pfn, False)
+            link_lru(b, row, pfn, False)
     elif what == REMOVE:
         if listed:
-            unlink_lru(b, pfn)
+            unlink_lru(b, row, pfn)
         else:
             code = NOTHING
     else:
         if listed:
-            unlink_lru(b, pfn)
+            unlink_lru(b, row, pfn)
         if what == ACTIVATE:
             fetch_or_acq_rel(flags, pfn, ACTIVE)
         else:
             fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ (ACTIVE | REFERENCED))
         if listed:
-            _link_lru(b, pfn, what == ROTATE)
+            link_lru(b, row, pfn, what == ROTATE)
         else:
             code = NOTHING
-    spin_unlock(words, W_LRU_LOCK)
+    spin_unlock(words, row + W_LRU_LOCK)
     return code
 
 
-@kernel(f"i8({BUDDY_ARGS}, u4[::1], i8, i8)")
-def lru_isolate(words, flags, order, refs, lru_next, lru_prev, out, nr, lumpy):
-    """Fill out[] from the inactive tail, at least `nr` folios if there are so many; how many.
+@kernel(f"i8({BUDDY_ARGS}, i8, u4[::1], i8, i8)")
+def lru_isolate(words, flags, order, refs, lru_next, lru_prev, node, out, nr, lumpy):
+    """Fill out[] from a node's inactive tail, `nr` folios or more if there are so many; how many.
 
     lumpy > 0: with each come the folios of its aligned block of 2^lumpy pages. out must hold
     nr + 2^lumpy.
     """
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
     n = 0
-    spin_lock(words, W_LRU_LOCK)
-    pfn = words[W_LRU + LRU_TAIL]
+    row = node * words[W_STRIDE]
+    spin_lock(words, row + W_LRU_LOCK)
+    pfn = words[row + W_LRU + LRU_TAIL]
     while pfn != 0 and n < nr:
         before = np.int64(lru_prev[pfn])
         base = (pfn >> lumpy) << lumpy
         if lumpy > np.int64(order[pfn]) and _evictable_block(b, base, 1 << lumpy):
             had = n
-            n = _isolate_block(b, base, 1 << lumpy, out, n)
+            n = _isolate_block(b, row, base, 1 << lumpy, out, n)
             # `before` may have left with the block; but never start over without progress
-            pfn = words[W_LRU + LRU_TAIL] if n > had else before
+            pfn = words[row + W_LRU + LRU_TAIL] if n > had else before
         else:
-            n = _isolate_one(b, pfn, out, n)
+            n = _isolate_one(b, row, pfn, out, n)
             pfn = before
-    spin_unlock(words, W_LRU_LOCK)
+    spin_unlock(words, row + W_LRU_LOCK)
     return n
 
 
-@kernel(f"i8({BUDDY_ARGS}, i8)")
-def lru_age(words, flags, order, refs, lru_next, lru_prev, nr):
-    """Move up to `nr` folios from the active tail to the inactive head; how many."""
+@kernel(f"i8({BUDDY_ARGS}, i8, i8)")
+def lru_age(words, flags, order, refs, lru_next, lru_prev, node, nr):
+    """Move up to `nr` folios from a node's active tail to its inactive head; how many."""
     b = Buddy(words, flags, order, refs, lru_next, lru_prev)
     n = 0
-    spin_lock(words, W_LRU_LOCK)
-    while n < nr and words[W_LRU + LRU_STRIDE + LRU_TAIL] != 0:
-        pfn = words[W_LRU + LRU_STRIDE + LRU_TAIL]
-        unlink_lru(b, pfn)
+    row = node * words[W_STRIDE]
+    spin_lock(words, row + W_LRU_LOCK)
+    while n < nr and words[row + W_LRU + LRU_STRIDE + LRU_TAIL] != 0:
+        pfn = words[row + W_LRU + LRU_STRIDE + LRU_TAIL]
+        unlink_lru(b, row, pfn)
         fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ (ACTIVE | REFERENCED))
         fetch_or_acq_rel(flags, pfn, WORKINGSET)
-        _link_lru(b, pfn, False)
+        link_lru(b, row, pfn, False)
         n += 1
-    spin_unlock(words, W_LRU_LOCK)
+    spin_unlock(words, row + W_LRU_LOCK)
     return n
 
 
@@ -261,16 +279,17 @@ def lru_touch(words, flags, order, refs, lru_next, lru_prev, pfn):
         fetch_or_acq_rel(flags, pfn, REFERENCED)
         return NOTHING
     code = NOTHING
-    spin_lock(words, W_LRU_LOCK)
+    row = row_of(words, pfn)
+    spin_lock(words, row + W_LRU_LOCK)
     if flags[pfn] & (ACTIVE | LRU) == LRU:
         b = Buddy(words, flags, order, refs, lru_next, lru_prev)
-        unlink_lru(b, pfn)
+        unlink_lru(b, row, pfn)
         fetch_or_acq_rel(flags, pfn, ACTIVE)
         fetch_and_acq_rel(flags, pfn, 0xFFFFFFFF ^ REFERENCED)
-        _link_lru(b, pfn, False)
-        activation(words, np.int64(1) << np.int64(order[pfn]))
+        link_lru(b, row, pfn, False)
+        activation(words, row, np.int64(1) << np.int64(order[pfn]))
         code = DONE
-    spin_unlock(words, W_LRU_LOCK)
+    spin_unlock(words, row + W_LRU_LOCK)
     return code
 
 
@@ -282,7 +301,7 @@ class Lru:
         buddy: Buddy,
         vmstat: VmStat,
         put_folio: Callable[[int], bool],
-        wanted_order: Callable[[], int],
+        wanted_order: Callable[[int], int],
         scanner: Callable[[], str],
     ) -> None:
         self._buddy = buddy
@@ -291,18 +310,29 @@ class Lru:
         self._wanted_order = wanted_order
         self._scanner = scanner
         self._out = np.zeros(2 * BATCH_MAX, dtype=np.uint32)
-        self.nr_isolated = 0  # pages
-        vmstat.gauge("nr_isolated_file", lambda: self.nr_isolated)
+        words = buddy.words
+        self._span, self._stride = int(words[W_SPAN]), int(words[W_STRIDE])
+        self._nodes = range(int(words[W_NODES]))
+        self.nr_isolated = [0 for _ in self._nodes]  # pages, by node
+        vmstat.gauge("nr_isolated_file", lambda: sum(self.nr_isolated))
+
+    def inactive_on(self, node: int) -> int:
+        """Pages on a node's inactive list."""
+        return int(self._buddy.words[node * self._stride + W_LRU + LRU_PAGES])
+
+    def active_on(self, node: int) -> int:
+        """Pages on a node's active list."""
+        return int(self._buddy.words[node * self._stride + W_LRU + LRU_STRIDE + LRU_PAGES])
 
     @property
     def nr_inactive(self) -> int:
-        """Pages on the inactive list."""
-        return int(self._buddy.words[W_LRU + LRU_PAGES])
+        """Pages on all inactive lists."""
+        return sum(map(self.inactive_on, self._nodes))
 
     @property
     def nr_active(self) -> int:
-        """Pages on the active list."""
-        return int(self._buddy.words[W_LRU + LRU_STRIDE + LRU_PAGES])
+        """Pages on all active lists."""
+        return sum(map(self.active_on, self._nodes))
 
     def _move(self, pfn: int, what: int) -> bool:
         code = lru_move(*self._buddy, pfn, what)
@@ -353,25 +383,26 @@ class Lru:
         if code == RESTORED:
             self._vmstat.add("workingset_restore_file", nr)
 
-    def inactive_is_low(self) -> bool:
-        """Whether reclaim should age the active list: the kernel's ratio, 1 below 1 GiB."""
-        return self.nr_inactive * inactive_ratio(self.nr_inactive + self.nr_active) < self.nr_active
+    def inactive_is_low(self, node: int = 0) -> bool:
+        """Whether reclaim should age a node's active list: the kernel's ratio, 1 below 1 GiB."""
+        inactive, active = self.inactive_on(node), self.active_on(node)
+        return inactive * inactive_ratio(inactive + active) < active
 
-    def age(self, nr: int) -> int:
-        """Deactivate up to `nr` folios from the active tail; how many."""
-        moved: int = lru_age(*self._buddy, nr)
+    def age(self, nr: int, node: int = 0) -> int:
+        """Deactivate up to `nr` folios from a node's active tail; how many."""
+        moved: int = lru_age(*self._buddy, node, nr)
         self._vmstat.add("pgdeactivate", moved)
         return moved
 
-    def isolate(self, nr: int) -> list[int]:
-        """About `nr` folios from the inactive tail, off the lists, with a reference each.
+    def isolate(self, nr: int, node: int = 0) -> list[int]:
+        """About `nr` folios from a node's inactive tail, off the lists, with a reference each.
 
         More than `nr` when a larger block is wanted. Every one must be put back or released.
         """
-        lumpy = self._wanted_order()
-        n = lru_isolate(*self._buddy, self._out, min(nr, BATCH_MAX), lumpy)
+        lumpy = self._wanted_order(node)
+        n = lru_isolate(*self._buddy, node, self._out, min(nr, BATCH_MAX), lumpy)
         pfns: list[int] = self._out[:n].tolist()
-        self.nr_isolated += sum(1 << int(self._buddy.order[pfn]) for pfn in pfns)
+        self.nr_isolated[node] += sum(1 << int(self._buddy.order[pfn]) for pfn in pfns)
         self._vmstat.add(f"pgscan_{self._scanner()}", n)
         return pfns
 
@@ -388,5 +419,5 @@ class Lru:
 
         True when that was the last one: its cache let go of it, and it is freed.
         """
-        self.nr_isolated -= 1 << int(self._buddy.order[pfn])
+        self.nr_isolated[pfn // self._span] -= 1 << int(self._buddy.order[pfn])
         return self._put_folio(pfn)

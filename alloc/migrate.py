@@ -3,8 +3,9 @@
 Only a folio that nobody uses may move: on the LRU, not LOCKED, not under write-back, and with two
 references under the lock that lookups take: its mapping's, and that of who moves it. Content,
 flags (DIRTY among them), per-block bits, owner and index come along, and the new folio takes the
-old one's place in its LRU list. The mapping's reference comes along, too: the old block is left
-with one, the mover's, and the new one has the one it was allocated with.
+old one's place in its LRU list, or enters the same list of another node at the head. The mapping's
+reference comes along, too: the old block is left with one, the mover's, and the new one has the one
+it was allocated with.
 
 The arena does not know what a folio belongs to: its owner registers as the mover. It looks at each
 folio under its own lock, changes its index and calls `replace_folio` (fs/cache/relocate.py is the
@@ -25,18 +26,15 @@ from alloc.atomic import fetch_add_acq_rel, fetch_and_acq_rel, load_acquire, spi
 from alloc.buddy import FREED, FREED_AND_WAITERS, LAST, drop, give_back
 from alloc.jit import helper, kernel
 from alloc.libc import memcpy
-from alloc.lru import BUDDY_ARGS
-from alloc.node import buddy_on, node_of
+from alloc.lru import BUDDY_ARGS, link_lru, list_of, unlink_lru
+from alloc.node import buddy_on, node_of, row_of
 from alloc.page import (
-    ACTIVE,
     HEAD,
     LOCKED,
     LRU,
     LRU_HEAD,
-    LRU_STRIDE,
     LRU_TAIL,
     PAGE_SHIFT,
-    W_LRU,
     W_LRU_LOCK,
     WRITEBACK,
     Buddy,
@@ -67,9 +65,8 @@ def may_move(b, pfn):
 
 
 @helper
-def _replace_lru(words, p, source, target):
-    """Under the LRU lock: `target` takes the place of `source` in its list."""
-    at = W_LRU + LRU_STRIDE if p.flags[target] & ACTIVE != 0 else W_LRU
+def _replace_lru(words, p, at, source, target):
+    """Under the LRU lock: `target` takes the place of `source` in the list at `at`."""
     after = np.int64(p.lru_next[source])
     before = np.int64(p.lru_prev[source])
     p.lru_next[target] = after
@@ -99,12 +96,21 @@ def replace_folio(words, p, mem, source, target):
     p.private[target] = p.private[source]
     for k in range(pages):
         p.blocks[target + k] = p.blocks[source + k]
-    spin_lock(words, W_LRU_LOCK)
-    state = fetch_and_acq_rel(p.flags, source, HEAD)
-    p.flags[target] = state
-    if state & LRU != 0:
-        _replace_lru(words, p, source, target)
-    spin_unlock(words, W_LRU_LOCK)
+    b = Buddy(words, p.flags, p.order, p.refs, p.lru_next, p.lru_prev)
+    left, entered = row_of(words, source), row_of(words, target)
+    spin_lock(words, left + W_LRU_LOCK)
+    at = list_of(b, left, source)
+    listed = p.flags[source] & LRU != 0
+    if listed and left != entered:
+        unlink_lru(b, left, source)
+    p.flags[target] = fetch_and_acq_rel(p.flags, source, HEAD)
+    if listed and left == entered:
+        _replace_lru(words, p, at, source, target)
+    spin_unlock(words, left + W_LRU_LOCK)
+    if listed and left != entered:
+        spin_lock(words, entered + W_LRU_LOCK)
+        link_lru(b, entered, target, False)
+        spin_unlock(words, entered + W_LRU_LOCK)
     p.mapping[source] = 0
     fetch_add_acq_rel(p.refs, source, -1)
 

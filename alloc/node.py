@@ -25,6 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from alloc.atomic import fetch_add
 from alloc.jit import helper, inlined
 from alloc.page import (
@@ -92,6 +94,12 @@ def in_reach(nodes: Sequence[Words], placed: int) -> list[int]:
     return near + [n for n in along(placed >> HOME_SHIFT & NODE_MASK) if n not in near]
 
 
+def may_serve(placed: int, node: int) -> bool:
+    """Whether a request with these bits may at last be served by a node."""
+    bound = placed >> BOUND_SHIFT & BOUND_MASK
+    return not bound or bool(bound >> node & 1 or placed & SOFT)
+
+
 # -- in kernels ----------------------------------------------------------------------------------
 
 
@@ -99,6 +107,14 @@ def in_reach(nodes: Sequence[Words], placed: int) -> list[int]:
 def node_of(words, pfn):
     """The node that a page lies in."""
     return pfn // words[W_SPAN]
+
+
+@helper
+def row_of(words, pfn):
+    """Index in the words of all nodes of the row that a page belongs to."""
+    if pfn < words[W_END]:
+        return np.int64(0)
+    return node_of(words, pfn) * words[W_STRIDE]
 
 
 @inlined

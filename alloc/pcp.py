@@ -27,7 +27,6 @@ import numpy as np
 from alloc.atomic import (
     fetch_add_acq_rel,
     load_acquire,
-    spin_lock,
     spin_trylock,
     spin_unlock,
 )
@@ -51,7 +50,7 @@ from alloc.buddy import (
 )
 from alloc.freelist import block_type
 from alloc.jit import helper, inlined, kernel
-from alloc.lru import BUDDY_ARGS, unlink_lru
+from alloc.lru import BUDDY_ARGS, leave_lru
 from alloc.node import (
     PLACED,
     RIGHTS_MASK,
@@ -90,7 +89,6 @@ from alloc.page import (
     W_HIGH,
     W_KSWAPD,
     W_LOW,
-    W_LRU_LOCK,
     W_NODES,
     W_PCP_BATCH,
     W_PCP_HIGH_MAX,
@@ -443,9 +441,7 @@ def put(b, row, pfn):
         fetch_add_acq_rel(b.refs, pfn, 1)
         return FREED_WHILE_BUSY
     if state & LRU != 0:
-        spin_lock(b.words, W_LRU_LOCK)
-        unlink_lru(b, pfn)
-        spin_unlock(b.words, W_LRU_LOCK)
+        leave_lru(b, pfn)
     return give_back(b, row, pfn)
 
 

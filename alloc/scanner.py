@@ -10,7 +10,7 @@ that are as large as the wanted one.
 The scanners look at one node. A byte for each of its pageblocks says from which order on it had no
 unit when it was last looked at: a block without one of order o has none of a larger order either.
 `state` is what a run keeps: see the indices below. No lock is held for more than a unit or a
-pageblock. `isolate` takes the words of all nodes, for the LRU lock is common to them.
+pageblock. Kernels here take the words of the node.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"

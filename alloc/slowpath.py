@@ -52,7 +52,7 @@ from alloc.gfp import (
     RETRY_MAYFAIL,
     describe,
 )
-from alloc.node import BOUND
+from alloc.node import BOUND, may_serve
 from alloc.page import W_WAITERS
 from alloc.policy import AllocationFailed, caller
 from alloc.wait import POLL_S, WHO, Key, Ticket, WaitQueue
@@ -121,12 +121,16 @@ class SlowPath:
         for words in self._arena.nodes:
             words[W_WAITERS] = length
 
-    def wanted_order(self) -> int:
-        """The order of the oldest request that waits for a folio; 0 when there is none."""
+    def wanted_order(self, node: int) -> int:
+        """The order of the oldest request that waits for a folio of a node; 0: there is none."""
         for ticket in self.queue.tickets():
-            if ticket.key.kind == "folio":
+            if ticket.key.kind == "folio" and may_serve(ticket.key.placed, node):
                 return ticket.key.size
         return 0
+
+    def waiting(self, node: int) -> int:
+        """How many wait for memory that a node may serve."""
+        return sum(may_serve(ticket.key.placed, node) for ticket in self.queue.tickets())
 
     def admit_large(self, order: int, gfp: int) -> None:
         """A request above COSTLY_ORDER, or one that nobody could ever serve: ValueError.
@@ -182,7 +186,7 @@ class SlowPath:
                 return got  # not worth evicting anything for
         _note("direct_reclaim")
         if light:
-            self._arena.reclaim.light_round(gfp)
+            self._arena.reclaim.light_round(gfp, request.placed)
             got = self._try(request, rights)
         else:
             assert gfp & RETRY_MAYFAIL
@@ -214,7 +218,7 @@ class SlowPath:
             held.append(request.attempt(rights | request.placed))
             return held[-1] != 0
 
-        self._arena.reclaim.full_round(request.gfp, satisfied)
+        self._arena.reclaim.full_round(request.gfp, request.placed, satisfied)
         _note("freelist:min")
         if held and held[-1]:
             return held[-1]
@@ -268,7 +272,8 @@ class SlowPath:
             if compacts_first(order, ticket.gfp) and await self._compact(ticket, order, ASYNC):
                 return True
             _note("direct_reclaim")
-            await self._arena.reclaim.direct(ticket.gfp, lambda: self._turn(ticket))
+            reclaim, placed = self._arena.reclaim, ticket.key.placed
+            await reclaim.direct(ticket.gfp, placed, lambda: self._turn(ticket))
             if self._served(ticket):
                 return True
         self._drain()
@@ -351,7 +356,7 @@ class SlowPath:
 
     def _wake_kswapd(self, gfp: int, order: int, placed: int) -> None:
         _note("wake_kswapd")
-        self._arena.reclaim.wake_kswapd(helpless=gfp & MEMALLOC != 0)
+        self._arena.reclaim.wake_kswapd(placed, helpless=gfp & MEMALLOC != 0)
         self._arena.compaction.wake(order, placed)
 
     def _drain(self) -> None:

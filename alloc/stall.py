@@ -19,7 +19,8 @@ import trio
 from alloc.buddy import RIGHTS_ALL, RIGHTS_HALF
 from alloc.gfp import describe
 from alloc.mempool import Waiter
-from alloc.page import PAGE_SIZE
+from alloc.page import PAGE_SIZE, W_FREE, W_MIN
+from alloc.rows import nr_pages_listed
 from alloc.wait import WHO, Ticket
 from alloc.zoneinfo import all_free_blocks
 
@@ -42,12 +43,18 @@ def reason(arena: Arena, ticket: Ticket) -> str:
     if any(older.holding for older in _older(arena, ticket)) and not ticket.key.rights & WHO:
         return "an older request holds the line"
     order = ticket.key.size if ticket.key.kind == "folio" else 0
+    nids = arena.reclaim.reach(ticket.key.placed)
+    rows = [arena.nodes[nid] for nid in nids]
+    where = f" on node {'+'.join(map(str, sorted(nids)))}" if len(nids) < len(arena.nodes) else ""
     who = ticket.key.rights & WHO
-    mark = {RIGHTS_ALL: 0, RIGHTS_HALF: arena.marks.min // 2}.get(who, arena.marks.min)
-    if arena.free_pages - ((1 << order) - 1) <= mark:
-        return f"free pages at the mark of {mark}"
-    if not any(any(all_free_blocks(words)[order:]) for words in arena.nodes):
-        return "no free block is as large"
+    marks = [int(words[W_MIN]) for words in rows]
+    if who in (RIGHTS_ALL, RIGHTS_HALF):
+        marks = [mark // 2 if who == RIGHTS_HALF else 0 for mark in marks]
+    free = [int(words[W_FREE]) + nr_pages_listed(words) - ((1 << order) - 1) for words in rows]
+    if all(pages <= mark for pages, mark in zip(free, marks, strict=True)):
+        return f"free pages at the mark of {sum(marks)}{where}"
+    if not any(any(all_free_blocks(words)[order:]) for words in rows):
+        return f"no free block is as large{where}"
     return "others came first"
 
 

@@ -11,16 +11,20 @@ The first ends early when 32 pages for each waiter were written, the third when 
 than an eighth of what he looks at. The last two are skipped unless more than half of the file
 pages is dirty or written, or when kswapd has given up. What reclaim waits for never waits here:
 tasks with MEMALLOC do not reclaim. What a pass met is counted in a ReclaimStat, by the cache that
-isolates; reasons, times and conditions are the kernel's. Trio thread only, by trio's clock.
+isolates; reasons, times and conditions are the kernel's, each node's its own, but for dirty pages,
+which are counted for all nodes together. Trio thread only, by trio's clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
 from alloc.vmstat import VmStat
+
+if TYPE_CHECKING:
+    from alloc.kswapd import Kswapd
 
 WRITEBACK, ISOLATED, NOPROGRESS, CONGESTED = range(4)
 NAMES = ("writeback", "isolated", "noprogress", "congested")
@@ -43,16 +47,13 @@ class ReclaimStat:
 
 
 class Throttle:
-    """Who waits for which reason, and what kswapd has found out about the node.
+    """Who waits for which reason on a node, and what its kswapd has found out about it."""
 
-    `hopeless()` tells whether kswapd has given up.
-    """
-
-    def __init__(self, vmstat: VmStat, hopeless: Callable[[], bool]) -> None:
+    def __init__(self, vmstat: VmStat, kswapd: Kswapd) -> None:
         self._vmstat = vmstat
-        self._hopeless = hopeless
+        self._kswapd = kswapd
         self._events = [trio.Event() for _ in NAMES]
-        self._written_from = 0
+        self._written = 0  # pages, since the first of those began to wait who wait for that
         self.waiting = [0] * len(NAMES)  # by reason
         self.stat = ReclaimStat()  # of the present pass, or the last one
         self.kswapd_in_pass = False
@@ -104,14 +105,14 @@ class Throttle:
         vmstat = self._vmstat
         pending = vmstat.get("nr_dirty", 0) + vmstat.get("nr_writeback", 0)
         pages = vmstat["nr_inactive_file"] + vmstat["nr_active_file"]
-        return self._hopeless() or 2 * pending <= pages
+        return self._kswapd.hopeless or 2 * pending <= pages
 
     async def wait(self, reason: int) -> None:
         """Until the reason has gone, at most for its time. Can be cancelled."""
         if self._skipped(reason):
             return
         if reason == WRITEBACK and not self.waiting[WRITEBACK]:
-            self._written_from = self._vmstat["nr_throttled_written"]
+            self._written = 0
         self._vmstat.add(f"vmscan_throttle_{NAMES[reason]}")
         self.waiting[reason] += 1
         try:
@@ -131,6 +132,6 @@ class Throttle:
         waiting = self.waiting[WRITEBACK]
         if waiting:
             self._vmstat.add("nr_throttled_written", pages)
-            written = self._vmstat["nr_throttled_written"] - self._written_from
-            if written > SWAP_CLUSTER_MAX * waiting:
+            self._written += pages
+            if self._written > SWAP_CLUSTER_MAX * waiting:
                 self.wake(WRITEBACK)

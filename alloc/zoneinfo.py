@@ -116,12 +116,19 @@ def pagetypeinfo(nodes: Sequence[Words]) -> str:
     return out + "\n"
 
 
-def zoneinfo(nodes: Sequence[Words], vmstat: VmStat) -> str:
-    """/proc/zoneinfo of one arena: marks, sizes and counts in pages, and the rows as pagesets."""
-    return "".join(_zoneinfo(words, vmstat, len(nodes) > 1) for words in nodes)
+def zoneinfo(nodes: Sequence[Words], vmstat: VmStat, hopeless: Sequence[bool]) -> str:
+    """/proc/zoneinfo of one arena: marks, sizes and counts in pages, and the rows as pagesets.
+
+    hopeless: of which nodes kswapd has given up.
+    """
+    several = len(nodes) > 1
+    return "".join(
+        _zoneinfo(words, vmstat, several, given_up)
+        for words, given_up in zip(nodes, hopeless, strict=True)
+    )
 
 
-def _zoneinfo(words: Words, vmstat: VmStat, several: bool) -> str:
+def _zoneinfo(words: Words, vmstat: VmStat, several: bool, hopeless: bool) -> str:
     pages, first = spanned(words), max(int(words[W_START]), 1)  # page 0 is never handed out
     managed = pages - first + int(words[W_START])
     rows = {
@@ -152,4 +159,4 @@ def _zoneinfo(words: Words, vmstat: VmStat, several: bool) -> str:
     for row, (count, high) in enumerate(pages_in_rows(words)):
         out += f"    cpu: {row}\n              count: {count}\n              high:  {high}\n"
         out += f"              batch: {int(words[W_PCP_BATCH])}\n"
-    return out + f"  node_unreclaimable:  0\n  start_pfn:           {first}\n"
+    return out + f"  node_unreclaimable:  {hopeless:d}\n  start_pfn:           {first}\n"

@@ -23,9 +23,11 @@ import trio
 from numpy.typing import NDArray
 
 from alloc import gfp, lockdep
-from alloc.page import LOCKED, WRITEBACK
+from alloc.page import LOCKED, W_SPAN, WRITEBACK
+from alloc.throttle import WRITEBACK as THROTTLED
 from fs import writepages
 from fs.cache import blocks, gather, mapping, radix, readahead
+from fs.cache.evict import NodeFolios
 from fs.cache.inode import INODE, Inode
 from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
 from fs.cache.pin import Pins
@@ -48,7 +50,6 @@ ORDER_MAX = 9  # 2 MiB: the largest folio of a file
 ORDER_SHARE = 64  # a folio is at most 1/64 of memory
 SPARE_NODES = 64
 PATH_NODES = 20  # nodes that an insertion may want: twice the height of the highest tree
-SCAN_BATCH = 128  # folios that one look of reclaim takes
 INODE_WORDS = INODE.itemsize // 4
 assert INODE.fields is not None
 MAPPING_WORD = INODE.fields["mapping"][1] // 4
@@ -72,8 +73,6 @@ def write_order(pos: int, length: int, order_min: int = 0, order_max: int = ORDE
 class PageCache:
     """All file folios of one volume."""
 
-    name = "page_cache"
-
     def __init__(self, vol: Volume) -> None:
         arena = vol.arena
         self.vol = vol
@@ -96,6 +95,7 @@ class PageCache:
         self.ioends = IoendPool(arena, 1 << self.order_max)
         self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
         self.shadows = ShadowNodes(self)
+        self.parts = [NodeFolios(self, nid) for nid in range(len(arena.nodes))]
         self.hint = np.zeros(4, np.int64)  # what copy kernels tell beside their result
         self.runs = np.zeros((2048, 2), np.int64)
         self._gang = np.zeros(256, np.int64)
@@ -117,7 +117,8 @@ class PageCache:
         """Take the memory that must be there before the first page is dirtied."""
         await self._refill(PATH_NODES)
         await self.ioends.pool.fill()
-        self.arena.register_shrinker(self)
+        for part in self.parts:
+            self.arena.register_shrinker(part, nid=part.nid)
         for holder in (self.windows, self.pins, self.shadows):
             self.arena.victims.register(holder)
         self.arena.register_shrinker(self.shadows, seeks=0)
@@ -426,11 +427,19 @@ class PageCache:
         rotated = gather.finish(*args)
         for pfn in self._rotate[:rotated].tolist():
             self.arena.lru.rotate(pfn)
+        self._note_written(ioend.folios[:n])
         for pfn in ioend.folios[:n].tolist():
             self._wake(pfn)
             self.arena.put_folio(pfn)
-        self.arena.reclaim.throttle.written(ioend.nr_pages)
         self.throttle.completed()
+
+    def _note_written(self, pfns: NDArray[np.int64]) -> None:
+        """Reclaim may wait for writes on the nodes of these folios."""
+        span = int(self.arena.words[W_SPAN])
+        for nid, throttle in enumerate(self.arena.reclaim.throttles):
+            if throttle.waiting[THROTTLED]:
+                here = pfns[pfns // span == nid]
+                throttle.written(int((1 << self.pages.order[here].astype(np.int64)).sum()))
 
     def tag_towrite(self, handle: int, index: int, last: int) -> None:
         """Tag what is dirty now, so that integrity write-back ends."""
@@ -499,42 +508,6 @@ class PageCache:
         assert not self.maps[handle]["delalloc"]
         assert not self.maps[handle]["node"]
 
-    def count_objects(self) -> int:
-        return self.arena.lru.nr_inactive + self.arena.lru.nr_active
-
-    def scan_objects(self, nr: int, gfp_flags: int) -> int:
-        """Free clean folios from the cold end, about `nr` pages' worth of looking.
-
-        Safe under NOFS: nothing here waits, and locks are only tried.
-        """
-        lru = self.arena.lru
-        if lru.inactive_is_low():
-            lru.age(min(nr, SCAN_BATCH))
-        pfns = lru.isolate(min(nr, SCAN_BATCH))
-        if not pfns:
-            return 0
-        throttle = self.arena.reclaim.throttle
-        freed = unqueued = 0
-        for pfn, verdict in zip(pfns, self._evict(pfns), strict=True):
-            pages = 1 << int(self.pages.order[pfn])
-            throttle.stat.taken += pages
-            if verdict == gather.EVICTED:
-                freed += pages
-                self.arena.put_folio(pfn)
-                lru.release(pfn)
-                continue
-            if verdict == gather.IS_DIRTY:
-                throttle.met_dirty(pages)
-                unqueued += 1
-            elif verdict != gather.IN_USE:
-                throttle.met_writeback(pages, marked=verdict == gather.IS_CONGESTED)
-            if verdict != gather.IN_USE:
-                lru.activate(pfn)
-            lru.putback(pfn)
-        if unqueued == len(pfns):
-            self.vol.flusher.clean_some()
-        return freed
-
     def move_folios(
         self, sources: NDArray[np.int64], targets: NDArray[np.int64], verdicts: NDArray[np.int64]
     ) -> None:
@@ -546,14 +519,14 @@ class PageCache:
 
     def evict_folio(self, pfn: int) -> bool:
         """Evict a clean folio that nobody but the caller has a reference to, which goes, too."""
-        if self._evict([pfn]) != [gather.EVICTED]:
+        if self.evict_folios([pfn]) != [gather.EVICTED]:
             return False
         self.arena.put_folio(pfn)
         self.arena.put_folio(pfn)
         return True
 
-    def _evict(self, pfns: list[int]) -> list[int]:
-        """The verdict of the kernel on each isolated folio."""
+    def evict_folios(self, pfns: list[int]) -> list[int]:
+        """Take isolated folios out of their mappings where nobody minds; the kernel's verdicts."""
         p = self.pages
         batch = np.array(pfns, np.int64)
         nodes = gather.evict(
@@ -565,5 +538,3 @@ class PageCache:
         for node in self._freed[:nodes].tolist():
             self._give_node(node)
         return verdicts
-
-

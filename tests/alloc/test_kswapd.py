@@ -74,7 +74,7 @@ async def without_hope(arena: Arena, cache: FolioCache) -> None:
     """Everything is dirty, and kswapd has seen it often enough."""
     take_below(arena, cache, arena.marks.low, dirty=True)
     await trio.sleep((MAX_FAILURES + 2) * NAP_S)
-    assert arena.reclaim.background.hopeless
+    assert arena.reclaim.kswapds[0].hopeless
 
 
 async def test_it_stays_down_after_sixteen_failures(
@@ -83,7 +83,7 @@ async def test_it_stays_down_after_sixteen_failures(
     async with kswapd(arena):
         take_below(arena, cache, arena.marks.low, dirty=True)
         await trio.sleep((MAX_FAILURES - 2) * NAP_S)
-        assert not arena.reclaim.background.hopeless
+        assert not arena.reclaim.kswapds[0].hopeless
         await trio.sleep(4 * NAP_S)
         assert hits(arena)[0] == MAX_FAILURES
         for _ in range(20):

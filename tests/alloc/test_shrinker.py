@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from alloc.arena import Arena
 from alloc.shrinker import NO_NODE, NO_TARGET, SHRINK_STOP, ShrinkerState
+from alloc.topology import topology
 from tests.alloc.naive import shrink
 
 
@@ -67,19 +68,23 @@ def test_a_cache_one_short_of_its_batch(
     assert seen == passes
 
 
-async def test_a_pass_over_a_node_asks_its_caches_and_those_of_no_node(arena: Arena) -> None:
+def test_a_pass_over_a_node_asks_its_caches_and_those_of_no_node() -> None:
     """What is deferred on one node is not asked for on another."""
+    arena = Arena(24 << 20, nodes=topology(2))
     caches = [Counter(10_000) for _ in range(3)]
     for nid, cache in zip((0, 1, NO_NODE), caches, strict=True):
         arena.register_shrinker(cache, nid=nid)
     on_node = {state.nid: state for state in arena.reclaim.shrinkers if state.shrinker in caches}
-    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET, nid=1)
+    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET, nids=(1,))
     assert [cache.scanned for cache in caches] == [0, 256, 256]
     assert [on_node[nid].deferred for nid in (0, 1, NO_NODE)] == [0, 56, 56]
-    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET)
+    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET, nids=(0,))
     assert [cache.scanned for cache in caches] == [256, 256, 512]
-    for cache in caches:
-        arena.unregister_shrinker(cache)
+    arena.reclaim.shrink_all(6, 0, "direct", NO_TARGET)
+    assert [cache.scanned for cache in caches] == [512, 512, 768]
+    arena.reclaim.shrink_all(6, 0, "kswapd", NO_TARGET, nids=(0,), common=False)
+    assert [cache.scanned for cache in caches] == [768, 512, 768]
+    arena.close()
 
 
 @given(

@@ -45,7 +45,8 @@ def churn_pages(words, flags, order, refs, lru_next, lru_prev, mem, out, row, se
             pfn = held[k]
             if mem[pfn << 12] != np.uint8(seed) or not lru.try_get(b, pfn):
                 errors += 1
-            n = lru.lru_isolate(words, flags, order, refs, lru_next, lru_prev, out, 2, 0)
+            node = (random >> 20) % words[W_NODES]
+            n = lru.lru_isolate(words, flags, order, refs, lru_next, lru_prev, node, out, 2, 0)
             for i in range(n):
                 taken = np.int64(out[i])
                 lru.lru_move(words, flags, order, refs, lru_next, lru_prev, taken, lru.ADD)

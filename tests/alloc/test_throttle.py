@@ -30,10 +30,10 @@ class BusyCache(FolioCache):
         self.marked = marked
         arena.vmstat.gauge("nr_writeback", lambda: sum(self.folios.values()))
 
-    def scan_objects(self, nr: int, gfp: int) -> int:
-        throttle = self.arena.reclaim.throttle
+    def scan_objects(self, nr: int, gfp: int, nid: int) -> int:
+        throttle = self.arena.reclaim.throttles[nid]
         freed = 0
-        for pfn in self.arena.lru.isolate(nr):
+        for pfn in self.arena.lru.isolate(nr, nid):
             throttle.stat.taken += 1
             if self.folios[pfn]:
                 throttle.met_writeback(1, self.marked)
@@ -47,7 +47,7 @@ class BusyCache(FolioCache):
 
 async def elapsed(arena: Arena, reason: int) -> float:
     start = trio.current_time()
-    await arena.reclaim.throttle.wait(reason)
+    await arena.reclaim.throttles[0].wait(reason)
     return trio.current_time() - start
 
 
@@ -83,7 +83,7 @@ async def test_skipped_unless_most_pages_are_dirty(
 async def test_a_hopeless_node_is_not_waited_for(
     arena: Arena, busy: BusyCache, autojump_clock: object
 ) -> None:
-    arena.reclaim.background.failures = MAX_FAILURES
+    arena.reclaim.kswapds[0].failures = MAX_FAILURES
     assert await elapsed(arena, NOPROGRESS) == 0
     assert await elapsed(arena, ISOLATED) > 0
 
@@ -95,7 +95,7 @@ async def test_kswapd_waits_for_what_it_has_marked(arena: Arena, autojump_clock:
         cache.fill(dirty=True)
         arena.reclaim.wake_kswapd()
         await trio.testing.wait_all_tasks_blocked()
-        throttle = arena.reclaim.throttle
+        throttle = arena.reclaim.throttles[0]
         assert throttle.writeback
         assert throttle.congested
         assert throttle.waiting[WRITEBACK] == 1
@@ -124,8 +124,8 @@ async def test_what_is_met_for_the_first_time_is_not_waited_for(
         cache.fill(dirty=True)
         arena.reclaim.wake_kswapd()
         await trio.sleep(1)
-        assert arena.reclaim.throttle.writeback
-        assert not arena.reclaim.throttle.congested
+        assert arena.reclaim.throttles[0].writeback
+        assert not arena.reclaim.throttles[0].congested
         assert waits(arena, WRITEBACK) == 0
     cache.drop()
 
@@ -133,7 +133,7 @@ async def test_what_is_met_for_the_first_time_is_not_waited_for(
 async def test_no_progress_at_priority_1_costs_a_tick(
     arena: Arena, busy: BusyCache, autojump_clock: object
 ) -> None:
-    await arena.reclaim.direct(KERNEL, lambda: False)
+    await arena.reclaim.direct(KERNEL, 0, lambda: False)
     assert waits(arena, NOPROGRESS) == 1
     assert trio.current_time() == pytest.approx(TICK_S)
 
@@ -142,15 +142,15 @@ async def test_progress_of_another_ends_it(
     arena: Arena, busy: BusyCache, autojump_clock: object
 ) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(arena.reclaim.direct, KERNEL, lambda: False)
+        nursery.start_soon(arena.reclaim.direct, KERNEL, 0, lambda: False)
         await trio.testing.wait_all_tasks_blocked()
-        assert arena.reclaim.throttle.waiting[NOPROGRESS] == 1
+        assert arena.reclaim.throttles[0].waiting[NOPROGRESS] == 1
         for pfn in list(busy.folios)[:100]:
             busy.folios[pfn] = False
             arena.lru.rotate(pfn)
-        await arena.reclaim.direct(KERNEL, lambda: arena.free_pages > arena.marks.min + 50)
+        await arena.reclaim.direct(KERNEL, 0, lambda: arena.free_pages > arena.marks.min + 50)
         await trio.testing.wait_all_tasks_blocked()
-        assert arena.reclaim.throttle.waiting[NOPROGRESS] == 0
+        assert arena.reclaim.throttles[0].waiting[NOPROGRESS] == 0
         assert trio.current_time() == 0
 
 
@@ -158,8 +158,8 @@ async def test_a_congested_node_costs_each_pass_a_tick(
     arena: Arena, busy: BusyCache, autojump_clock: object
 ) -> None:
     arena.reclaim.shrink_all(0, KERNEL, "kswapd", 1)
-    assert arena.reclaim.throttle.congested
-    await arena.reclaim.direct(KERNEL, lambda: False)
+    assert arena.reclaim.throttles[0].congested
+    await arena.reclaim.direct(KERNEL, 0, lambda: False)
     assert waits(arena, CONGESTED) > 3
     assert trio.current_time() == pytest.approx(
         TICK_S * (waits(arena, CONGESTED) + waits(arena, NOPROGRESS))
@@ -172,9 +172,9 @@ async def test_too_many_isolated_pages(arena: Arena, autojump_clock: object) -> 
     cache.fill(dirty=True)
     held = arena.lru.isolate(arena.lru.nr_inactive // 4)
     assert arena.vmstat["nr_isolated_file"] == len(held)
-    await arena.reclaim.direct(NOFS, lambda: False)
+    await arena.reclaim.direct(NOFS, 0, lambda: False)
     assert waits(arena, ISOLATED) == 0
-    await arena.reclaim.direct(KERNEL, lambda: False)
+    await arena.reclaim.direct(KERNEL, 0, lambda: False)
     assert waits(arena, ISOLATED) == 1
     assert trio.current_time() == pytest.approx(TIMEOUT_S[ISOLATED])
     for pfn in held:
@@ -198,14 +198,14 @@ async def test_direct_reclaim_spares_the_reserve(
     async with kswapd(arena):
         use_up(arena, cache)
         start = trio.current_time()
-        await arena.reclaim.direct(flags, lambda: False)
+        await arena.reclaim.direct(flags, 0, lambda: False)
         waited = trio.current_time() - start
         assert arena.vmstat["pgscan_direct_throttle"] == 1
         if flags & NOFS:
             assert waited == pytest.approx(RESERVE_WAIT_S)
         else:
             assert waited > RESERVE_WAIT_S
-            assert arena.reclaim.background.hopeless
+            assert arena.reclaim.kswapds[0].hopeless
     cache.drop()
 
 
@@ -216,7 +216,7 @@ async def test_the_reserve_is_waited_for_until_kswapd_has_refilled_it(
     cache.fill(dirty=True)
     async with kswapd(arena), trio.open_nursery() as nursery:
         use_up(arena, cache)
-        nursery.start_soon(arena.reclaim.direct, KERNEL, lambda: False)
+        nursery.start_soon(arena.reclaim.direct, KERNEL, 0, lambda: False)
         await trio.sleep(0.01)
         scanned = arena.vmstat["pgscan_direct"]
         assert scanned == 0
@@ -233,7 +233,7 @@ async def test_without_kswapd_nobody_refills_the_reserve(
     cache = FolioCache(arena)
     cache.fill(dirty=True)
     use_up(arena, cache)
-    await arena.reclaim.direct(KERNEL, lambda: False)
+    await arena.reclaim.direct(KERNEL, 0, lambda: False)
     assert trio.current_time() == 0
     assert arena.vmstat["pgscan_direct_throttle"] == 0
     cache.drop()
@@ -243,6 +243,6 @@ async def test_a_throttled_reclaimer_can_be_cancelled(
     arena: Arena, busy: BusyCache, autojump_clock: object
 ) -> None:
     with trio.move_on_after(0.01) as scope:
-        await arena.reclaim.throttle.wait(WRITEBACK)
+        await arena.reclaim.throttles[0].wait(WRITEBACK)
     assert scope.cancelled_caught
-    assert arena.reclaim.throttle.waiting[WRITEBACK] == 0
+    assert arena.reclaim.throttles[0].waiting[WRITEBACK] == 0

@@ -10,7 +10,9 @@ from alloc.arena import Arena
 from alloc.gfp import NOWAIT
 from alloc.jit import probe
 from alloc.lru import inactive_ratio
+from alloc.mempolicy import NONE, policy
 from alloc.page import ACTIVE, W_NONRESIDENT_AGE, WORKINGSET
+from alloc.topology import topology
 from alloc.workingset import AGE_MASK, SHADOW_BITS, eviction
 
 
@@ -27,8 +29,8 @@ def evict(arena: Arena, pfn: int) -> int:
     return shadow
 
 
-def take(arena: Arena, order: int = 0) -> int:
-    pfn = arena.try_alloc_folio(order, NOWAIT)
+def take(arena: Arena, order: int = 0, mempolicy: int = NONE) -> int:
+    pfn = arena.try_alloc_folio(order, NOWAIT, mempolicy)
     assert pfn is not None
     return pfn
 
@@ -117,6 +119,41 @@ def test_age_goes_on_with_evictions_activations_and_refaults(arena: Arena) -> No
     warm = comes_back(arena, evict(arena, take(arena)))
     assert aged() == 1 + 1
     drop(arena, pfn, cold, warm)
+
+
+@pytest.mark.parametrize(
+    ("age", "node", "was_active", "golden"),
+    [(0, 0, 0, 0), (5, 3, 1, 167), ((1 << 25) + 2, 15, 0, 94)],
+)
+def test_golden_shadows(age: int, node: int, was_active: int, golden: int) -> None:
+    """The kernel's packing: age, node, WORKINGSET, from the upper end."""
+    arena = Arena(128 << 20, nodes=topology(16))
+    pfn = node * (arena.nr_pages // 16) + 64
+    arena.nodes[node][W_NONRESIDENT_AGE] = age
+    arena.pages.flags[pfn], arena.pages.order[pfn] = WORKINGSET * was_active, 0
+    assert evicted(arena.words, arena.pages.flags, arena.pages.order, pfn) == golden
+    assert arena.nodes[node][W_NONRESIDENT_AGE] == age + 1
+    arena.close()
+
+
+def test_a_folio_is_compared_with_the_node_that_it_left() -> None:
+    """And makes the one that it comes back to a page older."""
+    arena = Arena(16 << 20, nodes=topology(2))
+    first, second = policy("bind", [0]), policy("bind", [1])
+    active = [take(arena, 0, second) for _ in range(4)]
+    for pfn in active:
+        arena.lru.add(pfn, active=True)
+    here, there = (evict(arena, take(arena, 0, node)) for node in (first, second))
+    ages = [int(words[W_NONRESIDENT_AGE]) for words in arena.nodes]
+    pfns = [take(arena, 0, first), take(arena, 0, first)]
+    arena.lru.refault(pfns[0], here)
+    assert counts(arena) == (1, 0, 0)  # nothing is active on the first node
+    arena.lru.refault(pfns[1], there)
+    assert counts(arena) == (2, 1, 0)
+    assert [int(words[W_NONRESIDENT_AGE]) for words in arena.nodes] == [ages[0] + 1, ages[1]]
+    drop(arena, *pfns, *active)
+    arena.check()
+    arena.close()
 
 
 def test_the_age_may_wrap_around(arena: Arena) -> None:

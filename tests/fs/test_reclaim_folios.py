@@ -28,7 +28,7 @@ async def test_a_dirty_folio_is_marked_and_freed_first_once_it_is_clean(scratch:
         pfn = vol.pages.find(ip.handle, 0)
         woken = []
         vol.flusher.clean_some = lambda: woken.append(True)  # type: ignore[method-assign]
-        assert vol.pages.scan_objects(1, gfp.KERNEL) == 0
+        assert vol.pages.parts[0].scan_objects(1, gfp.KERNEL) == 0
         assert flags[pfn] & (DIRTY | WRITEBACK | RECLAIM | ACTIVE) == DIRTY | RECLAIM | ACTIVE
         assert vol.arena.vmstat[IMMEDIATE] > 0
         assert woken
@@ -74,19 +74,19 @@ async def test_folios_met_under_write_back_are_told_from_those_met_again(scratch
         met = []
         for _ in range(2):
             reclaim.shrink_all(0, gfp.KERNEL, "kswapd", 1000)
-            met.append(reclaim.throttle.stat)
+            met.append(reclaim.throttles[0].stat)
         vol.arena.pages.flags[pfns] &= ~np.uint32(WRITEBACK)
         first, second = met
         assert first.taken == first.dirty == first.writeback + first.congested > 0
         assert first.writeback > 0
         assert second.taken == second.dirty == second.congested > 0
-        assert reclaim.throttle.congested
+        assert reclaim.throttles[0].congested
         await file.fsync(vol, ip)
 
 
 async def test_written_pages_end_the_wait_of_kswapd(scratch: Path) -> None:
     async with opened(support.mkfs(scratch)) as vol, a_file(vol) as ip:
-        throttle = vol.arena.reclaim.throttle
+        throttle = vol.arena.reclaim.throttles[0]
         await file.write(vol, ip, 0, bytes(256 * KIB))
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
