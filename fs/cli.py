@@ -77,7 +77,8 @@ def mount(
 
     Options of -o: ro rw noatime nodiratime relatime strictatime sync dirsync suid dev exec
     allow_other allow_root acl noacl auto_unmount remount paranoid lockdep debug foreground
-    image=PATH scratch=SIZE mkfs=WORDS device=bw=,iops=,lat=,jitter=,seed= memory=SIZE
+    image=PATH scratch=SIZE mkfs=WORDS device=bw=,iops=,lat=,jitter=,seed=
+    faults=write=,torn=,read=,flush=,seed=,first=,last= record=PATH memory=SIZE
     cache=none|writethrough|writeback fsname= subtype= log=
     policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= numa=N
     distance=10:20:... mpol=local|prefer:|prefer-many:|bind:|interleave:|weighted:NODES lanes=N

@@ -257,15 +257,12 @@ def _run(
     keeper.set(image_fd=device.fileno())
     import trio
 
-    from fs.device import model
-    from fs.device.modeled import Modeled
     from fs.session import Session
 
     served: Device = device
-    if options.device:
-        served = Modeled(device, model.parse(options.device))
-    session = Session(options, served, reporter, keeper, log)
     try:
+        served = experiments(device, options)
+        session = Session(options, served, reporter, keeper, log)
         trio.run(session.run, strict_exception_groups=True)
     except BaseExceptionGroup as group:
         user_error = _user_error(group)
@@ -273,10 +270,20 @@ def _run(
             raise
         raise user_error from group
     finally:
-        device.close()
+        served.close()
     keeper.end(session.status, session.message)
     log.info("ended with status %d %s", session.status, session.message)
     return session.status
+
+
+def experiments(device: ImageFile, options: MountOptions) -> Device:
+    """The device in what options put around it. Raises UserError if the record cannot be made."""
+    from fs.device import stack
+
+    try:
+        return stack.build(device, options.device, options.faults, options.record)
+    except OSError as error:
+        raise UserError(f"record={options.record}: {error.strerror}", EXIT_SYSTEM) from error
 
 
 def _user_error(group: BaseExceptionGroup[BaseException]) -> UserError | None:

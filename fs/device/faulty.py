@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fs.device.base import Device, Views
 
 SECTOR = 512
+OFFSET_MOST = (1 << 63) - 1
 SHARE = re.compile(r"0|1|0?\.\d+|1\.0+", re.ASCII)
 NUMBER = re.compile(r"\d+", re.ASCII)
 SHARES = ("read", "write", "torn", "flush")
@@ -33,7 +34,7 @@ class Faults:
     flush: float = 0.0
     seed: int = 0
     first: int = 0
-    last: int = (1 << 63) - 1
+    last: int = OFFSET_MOST
 
     def touches(self, offset: int, nbytes: int) -> bool:
         """Whether a request may fail at all."""
@@ -57,7 +58,7 @@ class Faulty:
     """A device with faults. `failed` counts them by the name of the share."""
 
     def __init__(self, inner: Device, faults: Faults) -> None:
-        self._inner = inner
+        self.inner = inner
         self.faults = faults
         self._random = random.Random(faults.seed)
         self.failed = dict.fromkeys(SHARES, 0)
@@ -77,13 +78,13 @@ class Faulty:
     async def read(self, offset: int, views: Views) -> None:
         if self._fails("read", offset, _length(views)):
             raise OSError(errno.EIO, f"injected: read of byte {offset} failed")
-        await self._inner.read(offset, views)
+        await self.inner.read(offset, views)
 
     async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
         for offset, views in requests:
             if self._fails("read", offset, _length(views)):
                 raise OSError(errno.EIO, f"injected: read of byte {offset} failed")
-        await self._inner.read_all(requests)
+        await self.inner.read_all(requests)
 
     async def write(self, offset: int, views: Views) -> None:
         nbytes = _length(views)
@@ -92,22 +93,22 @@ class Faulty:
         if self._fails("torn", offset, nbytes):
             written = self._random.randrange(nbytes // SECTOR) * SECTOR
             if written:
-                await self._inner.write(offset, _beginning(views, written))
+                await self.inner.write(offset, _beginning(views, written))
             raise OSError(
                 errno.EIO, f"injected: {written} of {nbytes} bytes written at byte {offset}"
             )
-        await self._inner.write(offset, views)
+        await self.inner.write(offset, views)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._inner.discard(offset, length)
+        await self.inner.discard(offset, length)
 
     async def flush(self) -> None:
         if self._fails("flush"):
             raise OSError(errno.EIO, "injected: flush failed")
-        await self._inner.flush()
+        await self.inner.flush()
 
     def close(self) -> None:
-        self._inner.close()
+        self.inner.close()
 
 
 def _length(views: Views) -> int:

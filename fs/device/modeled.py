@@ -18,7 +18,7 @@ class Modeled:
     """A device as fast as its model."""
 
     def __init__(self, inner: Device, model: Model) -> None:
-        self._inner = inner
+        self.inner = inner
         self.model = model
         self.name = inner.name
         self.size = inner.size
@@ -29,26 +29,26 @@ class Modeled:
 
     async def read(self, offset: int, views: Views) -> None:
         done = self._finish(views)
-        await self._inner.read(offset, views)
+        await self.inner.read(offset, views)
         await trio.sleep_until(done)
 
     async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
         done = [self._finish(views) for _, views in requests]
-        await self._inner.read_all(requests)
+        await self.inner.read_all(requests)
         await trio.sleep_until(max(done, default=0.0))
 
     async def write(self, offset: int, views: Views) -> None:
         done = self._finish(views)
-        await self._inner.write(offset, views)
+        await self.inner.write(offset, views)
         await trio.sleep_until(done)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._inner.discard(offset, length)
+        await self.inner.discard(offset, length)
 
     async def flush(self) -> None:
         done = self._finish(())
-        await self._inner.flush()
+        await self.inner.flush()
         await trio.sleep_until(done)
 
     def close(self) -> None:
-        self._inner.close()
+        self.inner.close()

@@ -34,7 +34,7 @@ class Recorder:
     """A device, with a log of what changes it in the file `path`, which is made anew. OSError."""
 
     def __init__(self, inner: Device, path: str) -> None:
-        self._inner = inner
+        self.inner = inner
         self.name = inner.name
         self.size = inner.size
         self.read_only = inner.read_only
@@ -46,24 +46,24 @@ class Recorder:
         self._write_super()
 
     async def read(self, offset: int, views: Views) -> None:
-        await self._inner.read(offset, views)
+        await self.inner.read(offset, views)
 
     async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
-        await self._inner.read_all(requests)
+        await self.inner.read_all(requests)
 
     async def write(self, offset: int, views: Views) -> None:
         data = b"".join(views)  # as it is now: when the device is done it may change
-        await self._inner.write(offset, views)
+        await self.inner.write(offset, views)
         self._add((offset, len(data), 0, data))
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._inner.discard(offset, length)
+        await self.inner.discard(offset, length)
         self._add((offset, length, DISCARD, b""))
 
     async def flush(self) -> None:
         self._flushing += 1
         try:
-            await self._inner.flush()
+            await self.inner.flush()
             self._append((0, 0, FLUSH, b""))
         finally:
             self._flushing -= 1
@@ -74,7 +74,7 @@ class Recorder:
         self._write_super()
 
     def close(self) -> None:
-        self._inner.close()
+        self.inner.close()
         if self._fd >= 0:
             self._write_super()
             os.close(self._fd)

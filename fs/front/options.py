@@ -21,7 +21,7 @@ from typing import Any
 
 from alloc import mempolicy, policy, topology
 from alloc.topology import Topology
-from fs.device import model
+from fs.device import faulty, model
 from fs.errors import UserError
 
 EXIT_USAGE = 1
@@ -54,6 +54,8 @@ class MountOptions:
     scratch_bytes: int = 0
     mkfs: str = ""
     device: str = ""  # a model of a slower device, as fs.device.model.parse reads it; empty: none
+    faults: str = ""  # which requests to it fail, as fs.device.faulty.parse reads it
+    record: str = ""  # a file for a log of writes
     memory_bytes: int = MEMORY_DEFAULT
     policy: str = "irix"  # the allocator's rule, as alloc.policy.parse reads it
     numa: str = "1"  # nodes that memory is divided into
@@ -143,12 +145,17 @@ def _policy(text: str) -> str:
         raise UserError(str(error), EXIT_USAGE) from error
 
 
-def _device(text: str) -> str:
-    try:
-        model.parse(text)
-    except ValueError as error:
-        raise UserError(str(error), EXIT_USAGE) from error
-    return text
+def _parsed_by(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """Values that somebody else will parse, looked at now."""
+
+    def look(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise UserError(str(error), EXIT_USAGE) from error
+        return text
+
+    return look
 
 
 def _cache(text: str) -> str:
@@ -269,7 +276,9 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "image": ("image", str),
     "scratch": ("scratch_bytes", parse_size),
     "mkfs": ("mkfs", str),
-    "device": ("device", _device),
+    "device": ("device", _parsed_by(model.parse)),
+    "faults": ("faults", _parsed_by(faulty.parse)),
+    "record": ("record", os.path.abspath),
     "memory": ("memory_bytes", _memory),
     "policy": ("policy", _policy),
     "numa": ("numa", str),

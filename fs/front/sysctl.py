@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 
@@ -22,7 +22,9 @@ from alloc.gfp import KERNEL
 from alloc.mempolicy import WEIGHT_MOST
 from alloc.shrinker import ShrinkerState
 from alloc.watermarks import SCALE_FACTOR_MOST
+from fs.device.faulty import OFFSET_MOST, SHARES, Faulty
 from fs.device.modeled import Modeled
+from fs.device.stack import layers
 
 if TYPE_CHECKING:
     from fs.volume import Volume
@@ -31,6 +33,7 @@ TEXT_MOST = 64  # bytes of a number with blanks around it
 PAGE_SIZE = 4096
 INT_MOST = (1 << 31) - 1
 BYTES_MOST = (1 << 63) - 1
+PPM = 1_000_000
 SYNCD_LEAST, SYNCD_MOST = 100, 720000  # xfssyncd_centisecs
 PAGE_CACHE, NAMES = "page_cache", ("dentry", "xfs_inode")
 DROP_PAGES, DROP_SLAB, DROP_QUIETLY = 1, 2, 4
@@ -251,23 +254,27 @@ def _compaction(vol: Volume) -> dict[str, Tunable]:
 
 
 def _device(vol: Volume) -> dict[str, Tunable]:
-    """With `device=`: what the modelled device can do. No names of /proc."""
-    device = vol.dev
-    if not isinstance(device, Modeled):
-        return {}
-    model = device.model
+    """With `device=` or `faults=`: what the device can do, what it fails. No names of /proc."""
+    found: dict[str, Tunable] = {}
 
-    def tunable(field: str, most: int) -> Tunable:
-        return Tunable(
-            lambda: int(getattr(model, field)), lambda value: setattr(model, field, value), 0, most
-        )
+    def tunable(of: Any, field: str, most: int, unit: float = 1) -> Tunable:
+        def change(value: int) -> None:
+            setattr(of, field, value / unit if unit > 1 else value)
 
-    return {
-        "device/bw": tunable("bw", BYTES_MOST),
-        "device/iops": tunable("iops", INT_MOST),
-        "device/lat_us": tunable("lat_us", INT_MOST),
-        "device/jitter_us": tunable("jitter_us", INT_MOST),
-    }
+        return Tunable(lambda: int(getattr(of, field) * unit), change, 0, most)
+
+    for device in layers(vol.dev):
+        if isinstance(device, Modeled):
+            model = device.model
+            found["device/bw"] = tunable(model, "bw", BYTES_MOST)
+            for field in ("iops", "lat_us", "jitter_us"):
+                found[f"device/{field}"] = tunable(model, field, INT_MOST)
+        elif isinstance(device, Faulty):
+            for field in SHARES:
+                found[f"device/fail_{field}_ppm"] = tunable(device.faults, field, PPM, PPM)
+            for field in ("first", "last"):
+                found[f"device/fail_{field}"] = tunable(device.faults, field, OFFSET_MOST)
+    return found
 
 
 async def _drop(vol: Volume, names: tuple[str, ...]) -> None:

@@ -55,7 +55,8 @@ async def served(image: Path, where: Path, words: str = "") -> AsyncIterator[Ses
     record = runfile.Record(os.getpid(), 0, str(image), f"test-{os.getpid()}", str(where), "")
     keeper = runfile.Keeper(record, LOG)
     ready: Any = Ready()
-    session = Session(options, mount.open_device(options), ready, keeper, LOG)
+    device = mount.experiments(mount.open_device(options), options)
+    session = Session(options, device, ready, keeper, LOG)
     try:
         with trio.fail_after(WAIT_SECONDS):
             async with trio.open_nursery() as nursery:
