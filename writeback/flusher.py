@@ -28,7 +28,7 @@ from writeback.mapping import INODE_DIRTY, LISTED, Mappings
 PERIOD_S = 5.0  # dirty_writeback_centisecs; 0: only when somebody wakes it
 EXPIRE_S = 30.0  # dirty_expire_centisecs
 CHUNK_PAGES = 1024  # 4 MiB of one mapping, then another gets its turn
-MAPPINGS_AT_ONCE = 2  # while blocks are looked up for one, the device has another's data
+MAPPINGS_AT_ONCE = 4  # while blocks are looked up for one, the device has others' data
 ALL_PAGES = 1 << 60  # a budget that is none, and the last page index of any mapping
 
 
