@@ -201,5 +201,23 @@ def lab(
         raise typer.Exit(EXIT_SIGNAL + cut.signal)
 
 
+@app.command()
+def throttle(
+    seconds: Annotated[float, typer.Option(help="Of each half.")] = 30.0,
+    writers: Annotated[int, typer.Option(help="Processes, each with a file.")] = 8,
+    size: Annotated[str, typer.Option(help="Of one write.")] = "4k",
+    bw: Annotated[int, typer.Option(help="The device's bytes a second.")] = 50_000_000,
+    slow: Annotated[int, typer.Option(help="In the second half; 0: there is none.")] = 10_000_000,
+    memory: Memory = "64M",
+) -> None:
+    """Have writers fill a modelled device that slows down: rates, shares, pauses, dirty memory."""
+    from tools.lab import throttle as experiment
+    from tools.targets import size_of
+
+    plan = experiment.Plan(seconds, writers, size_of(size), bw, slow, memory)
+    if not experiment.show(plan, experiment.run(plan)):
+        raise typer.Exit(EXIT_DIFFERENCE)
+
+
 if __name__ == "__main__":
     sys.exit(main())

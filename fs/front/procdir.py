@@ -31,6 +31,7 @@ from alloc.vmstat import meminfo_text, vmstat_text
 from fs.front import handles, sysctl
 from fs.front.attrs import CACHE_SECONDS, PAGE_SIZE
 from fs.xfs import dir as directory
+from writeback.stats import stats_text
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
@@ -93,6 +94,7 @@ def reports(vol: Volume) -> dict[str, Callable[[], str]]:
         "slabinfo": arena.slabinfo,
         "shrinkers": lambda: shrinkers(vol),
         "waiters": lambda: waiters(vol),
+        "writeback": lambda: stats_text(vol.pages.throttle, vol.flusher),
         "pressure/memory": arena.pressure.text,
     }
 

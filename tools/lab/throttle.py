@@ -1,0 +1,189 @@
+"""The throttle's experiment: writers on a mount whose device is a model, which then slows down.
+
+Each writer is a process that appends to a file of its own, so much at a time; it notes when each
+write began and how long it took. Meanwhile the mount's `.nofail/writeback` is read again and again.
+The judgement is that of the rule: together they get what the device has, dirty memory keeps below
+the limit, no pause is long and almost no write, and the shares are equal. After the device slows
+down the same holds again when SETTLE_S have passed. Times are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fs.front.options import escape
+from tools.targets import make_image, ours, scratch_dir
+
+SETTLE_S = 20.0
+SAMPLE_S = 0.05
+IMAGE_BYTES = 6 << 30
+FILE_BYTES = 256 << 20  # then a writer begins again from the start
+RATE_OFF, SHARES_OFF, PAUSE_MS, WRITE_S = 0.05, 0.15, 200, 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be tried; `slow` is the device's rate in the second half, 0: there is none."""
+
+    seconds: float = 30.0
+    writers: int = 8
+    size: int = 4096
+    bw: int = 50_000_000
+    slow: int = 10_000_000
+    memory: str = "64M"
+
+
+@dataclass
+class Phase:
+    """What was measured between two moments; `writes` has (bytes, times) of each writer."""
+
+    bw: int
+    seconds: float
+    written: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    over_kib: int = 0  # dirty and written above the limit, at most
+    dirty_kib: int = 0
+    limit_kib: int = 0
+    longest_ms: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of all writers."""
+        return sum(self.written) / self.seconds
+
+    @property
+    def p999(self) -> float:
+        """Of a write's seconds."""
+        times = sorted(self.times)
+        return times[len(times) * 999 // 1000] if times else 0.0
+
+    @property
+    def shares_off(self) -> float:
+        """By how much the largest share is above the smallest."""
+        return max(self.written) / max(min(self.written), 1) - 1
+
+    def problems(self, slack_kib: int) -> list[str]:
+        """What does not hold."""
+        found = {
+            "the rate is off": abs(self.rate / self.bw - 1) > RATE_OFF,
+            "dirty memory was above the limit": self.over_kib > slack_kib,
+            "a pause was too long": self.longest_ms > PAUSE_MS,
+            "writes took too long": self.p999 >= WRITE_S,
+            "shares differ": self.shares_off >= SHARES_OFF,
+        }
+        return [name for name, holds in found.items() if holds]
+
+
+def _write(path: Path, size: int, pipe: Connection) -> None:
+    """One writer: until it is told to stop; sends when its writes began, and what they took."""
+    data, began, took = bytes(size), array("d"), array("d")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    at = 0
+    while not pipe.poll():
+        before = time.monotonic()
+        os.pwrite(file, data, at)
+        began.append(before)
+        took.append(time.monotonic() - before)
+        at = (at + size) % FILE_BYTES
+    os.close(file)
+    pipe.send_bytes(began.tobytes())
+    pipe.send_bytes(took.tobytes())
+
+
+@contextmanager
+def _writing(root: Path, plan: Plan) -> Iterator[list[Connection]]:
+    """The writers at work; whoever is left at the end is ended."""
+    pairs = [multiprocessing.Pipe() for _ in range(plan.writers)]
+    fork = multiprocessing.get_context("fork")
+    tasks = [
+        fork.Process(target=_write, args=(root / f"writer{n}", plan.size, theirs), daemon=True)
+        for n, (_, theirs) in enumerate(pairs)
+    ]
+    for task in tasks:
+        task.start()
+    try:
+        yield [ours_ for ours_, _ in pairs]
+    finally:
+        for task in tasks:
+            task.join(5)
+            if task.is_alive():
+                task.kill()
+
+
+def figures(report: Path) -> dict[str, int]:
+    """The numbers of `.nofail/writeback`."""
+    words = (line.split() for line in report.read_text().splitlines())
+    return {name.rstrip(":"): int(float(value)) for name, value, *_ in words}
+
+
+def _watch(report: Path, phase: Phase, until: float) -> None:
+    """Look at dirty memory until a moment comes."""
+    while time.monotonic() < until:
+        now = figures(report)
+        busy = now["BdiWriteback"] + now["BdiReclaimable"]
+        phase.dirty_kib = max(phase.dirty_kib, busy)
+        phase.over_kib = max(phase.over_kib, busy - now["DirtyLimit"])
+        phase.limit_kib = now["DirtyLimit"]
+        phase.longest_ms = max(phase.longest_ms, now["LongestPause"])
+        time.sleep(SAMPLE_S)
+
+
+def _collect(pipes: list[Connection], phases: list[tuple[Phase, float]], size: int) -> None:
+    """Have the writers stop, and sort their writes into the phases by when they began."""
+    for pipe in pipes:
+        pipe.send(None)
+    for pipe in pipes:
+        began, took = array("d"), array("d")
+        began.frombytes(pipe.recv_bytes())
+        took.frombytes(pipe.recv_bytes())
+        for phase, start in phases:
+            inside = [t for b, t in zip(began, took, strict=True) if 0 <= b - start < phase.seconds]
+            phase.written.append(size * len(inside))
+            phase.times += inside
+
+
+def run(plan: Plan) -> list[Phase]:
+    """Both phases on a scratch image."""
+    with scratch_dir(IMAGE_BYTES) as scratch:
+        image = make_image(scratch / "image", IMAGE_BYTES)
+        options = f"device={escape(f'bw={plan.bw}')}"
+        with ours(image, scratch / "mnt", plan.memory, options=options) as mount:
+            report = mount.path / ".nofail/writeback"
+            with _writing(mount.path, plan) as pipes:
+                phases = [(Phase(plan.bw, plan.seconds), time.monotonic())]
+                _watch(report, phases[0][0], phases[0][1] + plan.seconds)
+                if plan.slow:
+                    (mount.path / ".nofail/sys/device/bw").write_text(str(plan.slow))
+                    settled = time.monotonic() + SETTLE_S
+                    time.sleep(SETTLE_S)
+                    phases.append((Phase(plan.slow, plan.seconds), settled))
+                    _watch(report, phases[1][0], settled + plan.seconds)
+                _collect(pipes, phases, plan.size)
+    return [phase for phase, _ in phases]
+
+
+def show(plan: Plan, phases: list[Phase]) -> bool:
+    """Print what was found; whether everything holds."""
+    print(f"{plan.writers} writers of {plan.size} bytes, memory {plan.memory}")
+    print("device MB/s   MB/s   off  dirty MiB of limit  pause ms  p99.9 ms  longest  shares off")
+    good = True
+    slack_kib = plan.writers * max(plan.size >> 10, 4) * 32
+    for phase in phases:
+        print(
+            f"{phase.bw / 1e6:11.1f} {phase.rate / 1e6:6.1f} {phase.rate / phase.bw - 1:+6.1%}"
+            f" {phase.dirty_kib / 1024:10.1f} {phase.limit_kib / 1024:8.1f}"
+            f" {phase.longest_ms:9d} {phase.p999 * 1e3:9.1f}"
+            f" {max(phase.times, default=0) * 1e3:8.1f} {phase.shares_off:11.1%}"
+        )
+        for problem in phase.problems(slack_kib):
+            good = False
+            print(f"  {problem}")
+    return good
