@@ -19,7 +19,10 @@ import pytest
 from tests import support
 from tools.targets import scratch_dir
 
-REPORTS = ("meminfo", "vmstat", "buddyinfo", "pagetypeinfo", "zoneinfo", "slabinfo", "shrinkers")
+REPORTS = (
+    *("meminfo", "vmstat", "buddyinfo", "pagetypeinfo", "zoneinfo", "slabinfo", "shrinkers"),
+    "writeback",
+)
 NOBODY = 65534
 
 
@@ -57,7 +60,7 @@ def test_it_is_found_and_not_listed(root: Path, proc: Path) -> None:
     assert stat.S_ISDIR(proc.stat().st_mode)
     assert {*REPORTS, "waiters", "pressure", "sys"} == set(os.listdir(proc))
     assert os.listdir(proc / "pressure") == ["memory"]
-    assert sorted(os.listdir(proc / "sys")) == ["fs", "rcutree", "vm"]
+    assert sorted(os.listdir(proc / "sys")) == ["bdi", "fs", "rcutree", "vm"]
     status = (proc / "meminfo").stat()
     assert (status.st_size, stat.S_IMODE(status.st_mode)) == (0, 0o444)
     assert stat.S_IMODE((proc / "sys/vm/dirty_ratio").stat().st_mode) == 0o644
