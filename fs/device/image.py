@@ -38,16 +38,24 @@ def _each_batch(views: Views) -> list[Views]:
 def _transfer(call: Callable[..., int], fd: int, views: Views, offset: int, what: str) -> None:
     """preadv or pwritev until all views are done, resuming after short transfers."""
     for batch in _each_batch(views):
-        rest = list(batch)
-        while rest:
+        rest, left = list(batch), sum(map(len, batch))
+        while left:
             done = call(fd, rest, offset)
             if done <= 0:
                 raise OSError(errno.EIO, f"short {what} at byte {offset}")
             offset += done
-            while rest and done >= len(rest[0]):
-                done -= len(rest.pop(0))
-            if rest and done:
-                rest[0] = rest[0][done:]
+            left -= done
+            if left:
+                rest = _after(rest, done)
+
+
+def _after(views: list[memoryview], done: int) -> list[memoryview]:
+    """What of the views lies behind their first `done` bytes."""
+    at = 0
+    while done >= len(views[at]):
+        done -= len(views[at])
+        at += 1
+    return [views[at][done:], *views[at + 1 :]]
 
 
 def _read_each(fd: int, requests: Sequence[tuple[int, Views]]) -> None:
