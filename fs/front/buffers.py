@@ -7,7 +7,8 @@ loses nothing. The stacks are guarded by the spin lock in control[C_SLOT_LOCK], 
 instructions; who has taken a slot or a payload owns it.
 
 Sizes follow memory: buffers that are always there take about a twentieth of the arena. Slots, which
-small requests wait in, grow to an eighth of it when many wait and memory is there.
+small requests wait in, grow to an eighth of it when many wait and memory is there; and so do
+payload folios, with which large writes are held back.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -31,6 +32,7 @@ SHARE = 20  # of memory, for the buffers
 SLOTS_LEAST, SLOTS_MOST = 16, 256
 GROWN_SHARE, GROWN_MOST = 8, 2048  # of memory, and slots, when many requests wait
 PAYLOADS_MOST = 16
+PAYLOADS_GROWN = 64
 
 _WORDS = "i8[::1]"
 
@@ -52,6 +54,11 @@ def sizes(memory_bytes: int, lanes: int, max_write: int = 0) -> tuple[int, int, 
 def slots_most(memory_bytes: int, slots: int) -> int:
     """How many slots there may be in the end."""
     return max(min(memory_bytes // GROWN_SHARE // SLOT_BYTES, GROWN_MOST), slots)
+
+
+def payloads_most(memory_bytes: int, max_write: int, payloads: int) -> int:
+    """How many payload folios there may be while writers are held back with one each."""
+    return max(min(memory_bytes // GROWN_SHARE // max_write, PAYLOADS_GROWN), payloads)
 
 
 @helper

@@ -130,6 +130,8 @@ class Desk:
             self._drain(nursery)
         if bits & S.B_SLOTS and not self._front.free_slot_count:
             self._front.grow()
+        if bits & S.B_SLOTS and not self._front.free_payload_count:
+            self._front.grow_payloads()
         if bits & S.B_LOCKS:
             vol.iolocks.grant_all()
             vol.ilocks.grant_all()

@@ -39,7 +39,7 @@ B_LOCKS = 2  # a sleeping lock was released that trio tasks wait for
 B_MEMORY = 4  # memory was freed and tasks wait for memory
 B_KSWAPD = 8  # free memory is below low
 B_FLUSHER = 16  # look at the dirty thresholds
-B_SLOTS = 32  # a lane sleeps because no slot is free
+B_SLOTS = 32  # a lane sleeps because no slot, or no payload folio, is free
 B_LEFT = 64  # a lane has left its loop
 B_BUSY = 128  # requests come quickly (fs/front/latency.py)
 

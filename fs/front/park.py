@@ -60,7 +60,9 @@ class Front:
         self.slots[:, S.S_ENTRY] = -1
         self.free_slots = np.zeros(most, np.int64)
         self._unused = list(range(self.nr_slots, most))  # slots that have no memory now
-        self.free_payloads = np.zeros(self.nr_payloads, np.int64)
+        room = buffers.payloads_most(memory, self.max_write, self.nr_payloads)
+        self.free_payloads = np.zeros(room, np.int64)
+        self._grown_payloads = 0
         self.lanes: list[S.Lane] = []  # the last one is trio's own
         self.ring: Any = None
         self.ops: Any = None  # fs.front.operations, once they exist
@@ -129,6 +131,25 @@ class Front:
             self.slots[slot, S.S_ADDR] = pfn << 12
             buffers.give_slot(self.control, self.free_slots, slot)
 
+    def grow_payloads(self) -> None:
+        """Large writes are held back, each with a payload folio: one more for the lanes."""
+        if self.nr_payloads + self._grown_payloads >= len(self.free_payloads):
+            return
+        # A lane without one sleeps until one is given back, so it can do with what there is.
+        order, flags = self.payload_order, gfp.NORETRY | gfp.MOVABLE
+        pfn = self.vol.arena.try_alloc_folio(order, flags)
+        if pfn is not None:
+            self._grown_payloads += 1
+            buffers.give_payload(self.control, self.free_payloads, pfn)
+
+    def _give_payload(self, pfn: int) -> None:
+        """Back to the lanes, or to the arena if they have enough."""
+        if self._grown_payloads and self.free_payload_count >= self.nr_payloads:
+            self._grown_payloads -= 1
+            self.vol.arena.put_folio(pfn)
+        else:
+            buffers.give_payload(self.control, self.free_payloads, pfn)
+
     def serves(self, reader: int) -> str:
         """What the lane is at that RCU knows by this number; a look at moving words."""
         for number, lane in enumerate(self.lanes):
@@ -146,7 +167,7 @@ class Front:
         if payload:
             self.slots[slot, S.S_PAYLOAD] = 0
         if payload and self.slots[slot, S.S_ENTRY] < 0:
-            buffers.give_payload(self.control, self.free_payloads, payload)
+            self._give_payload(payload)
         if slot < self.nr_slots or self.free_slot_count < self.nr_slots:
             buffers.give_slot(self.control, self.free_slots, slot)
         else:
