@@ -219,5 +219,21 @@ def throttle(
         raise typer.Exit(EXIT_DIFFERENCE)
 
 
+@app.command()
+def stats(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A mounted nofailfs.")],
+    section: Annotated[
+        list[str] | None, typer.Option(help="memory, reclaim or writeback; repeat. [all]")
+    ] = None,
+    interval: Annotated[float, typer.Option(help="Seconds between lines.")] = 1.0,
+    count: Annotated[int, typer.Option(help="Lines; 0: until interrupted.")] = 0,
+) -> None:
+    """Print a line a second about a mount: memory, reclaim, write-back."""
+    from tools import stats as statistics
+
+    for line in statistics.lines(directory, section or (), interval, count):
+        typer.echo(line)
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
+from tools import stats
 from tools.targets import scratch_dir
 
 REPORTS = (
@@ -99,6 +100,14 @@ def test_formats_are_those_of_proc(proc: Path) -> None:
     assert (proc / "waiters").read_text() == ""
     line = r"avg10=\d+\.\d\d avg60=\d+\.\d\d avg300=\d+\.\d\d total=\d+\n"
     assert re.fullmatch(f"some {line}full {line}", (proc / "pressure/memory").read_text())
+
+
+def test_a_line_about_the_mount(root: Path, proc: Path) -> None:
+    header, titles, *rows = list(stats.lines(root, (), 0.05, 2))
+    assert len(rows) == 2
+    assert all(name in header for name in stats.SECTIONS)
+    assert len(rows[1].split()) == len(titles.split())
+    assert "-" not in rows[1].split()
 
 
 def test_counts_follow_what_happens(root: Path, proc: Path) -> None:
