@@ -240,7 +240,7 @@ def test_a_short_run_under_irix_and_one_with_failures() -> None:
     assert irix.problems() == []
     assert irix.tallies["writer"].verified >= 2 * SHORT.sizes.writer_bytes
     assert irix.vmstat["pgalloc_normal"] > 4096, "memory was used more than once"
-    rule = "inject:p=0.02,seed=3,site=_new_folio"
+    rule = "inject:p=0.02,seed=3,site=PageCache._new_folio"
     failing = endurance.run(replace(SHORT, policy=rule), quiet=True)
     assert failing.problems() == []
     assert list(failing.failures) == ["reply"]
