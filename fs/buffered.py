@@ -61,6 +61,7 @@ async def _make_ready(vol: Volume, ip: Inode, pos: int, end: int) -> int:
                     raise
                 if not flushed:  # writing out gives back what the worst case did not need
                     flushed = True
+                    await vol.eofblocks.squeeze()
                     await vol.flusher.sync()
                 elif end - pos > vol.geo.block_size:
                     end = pos + (end - pos) // 2

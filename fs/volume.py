@@ -33,6 +33,7 @@ from fs.cache.incore import I4_ILOCK, I4_IOLOCK, INODE_WORDS
 from fs.cache.inode import Inode, InodeCache
 from fs.cache.lock import LockTable, Mutex
 from fs.device.base import Device
+from fs.eofblocks import EofBlocks
 from fs.errors import Corrupt, ShutDown, UserError
 from fs.inodegc import InodeGc
 from fs.log import head
@@ -112,6 +113,7 @@ class Volume:
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
         self.inodegc = InodeGc(self)
+        self.eofblocks = EofBlocks(self)
         self._closing = False
         self.arena.holders = lockdep.held_by
         if lockdep.current is not None:
@@ -178,6 +180,7 @@ class Volume:
             await self._set_needsrepair(True)
             nursery.start_soon(self._in_background, self._metadata_writer)
             nursery.start_soon(self._in_background, self.flusher.run)
+            nursery.start_soon(self._in_background, self.eofblocks.run)
         nursery.start_soon(self._in_background, self.inodegc.run)
 
     async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -211,6 +214,8 @@ class Volume:
             await self.drain_inactive()
             if not self.shut_down:
                 await self._write_data()
+                await self.eofblocks.drain()
+                await self.eofblocks.squeeze()
             if not self.shut_down:
                 await enomem.insist(self, self._write_metadata, "unmount failed")
         except OSError as error:

@@ -175,27 +175,39 @@ def _fail(vol: Volume, ip: Inode, ioend: Ioend, error: OSError | AllocationFaile
 
 
 async def _allocate(vol: Volume, ip: Inode, offset: int, count: int) -> list[Segment]:
-    """Extents for delayed blocks, as large as the free space has them."""
+    """Extents for delayed blocks, as large as the free space has them.
+
+    Somebody who wrote what lies before them may have allocated them in the meantime.
+    """
     pages = vol.pages
     segments = []
     while count:
         await trio.lowlevel.checkpoint()  # thousands of extents must not keep the others waiting
-        promised = pages.change_range(ip.handle, offset, offset + count, count=RESERVED)
         async with vol.transaction("writeback allocation") as tp:
             await tp.lock_inodes(ip)
+            there = await bmap.lookup(tp, ip, offset)
+            if there is not None and there.offset <= offset:
+                got = min(there.end - offset, count)
+                fsbno = there.fsbno + offset - there.offset
+                segments.append(Segment(offset, fsbno, got, CONVERT))
+                offset, count = offset + got, count - got
+                continue
+            promised = pages.change_range(ip.handle, offset, offset + count, count=RESERVED)
             tree = delalloc.take(tp, ip, count, promised, 1)
             used = 0
             try:
-                new = await bmap.alloc(tp, ip, offset, count, unwritten=True)
+                more = await vol.eofblocks.add(tp, ip, offset, offset + count)
+                new = await bmap.alloc(tp, ip, offset, count + more, unwritten=True)
+                got = min(new.count, count)
                 used = pages.change_range(
-                    ip.handle, offset, new.end, remove=RESERVED, count=RESERVED
+                    ip.handle, offset, offset + got, remove=RESERVED, count=RESERVED
                 )
             finally:
                 delalloc.give_back(tp, ip, promised - used, tree)
             pages.state(ip.handle)["map_seq"] += 1
-        segments.append(Segment(offset, new.fsbno, new.count, CONVERT))
-        offset += new.count
-        count -= new.count
+        segments.append(Segment(offset, new.fsbno, got, CONVERT))
+        offset += got
+        count -= got
     return segments
 
 

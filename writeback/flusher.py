@@ -57,6 +57,7 @@ class Flusher:
         self._stamp_ns = 0
         self._syncs = 0
         self._reclaim_waits = False
+        self._cleaning: set[int] = set()  # mappings of which a chunk is being written
         self._wakeup = trio.Event()
         self.nr_listed = 0
         self.rounds = 0
@@ -160,14 +161,23 @@ class Flusher:
             await self.clean(handle)
 
     async def _write_some(self) -> bool:
-        """A chunk of each mapping in turn until one had something to write; whether any had."""
+        """A chunk of each mapping in turn until one had something to write; whether any had.
+
+        One that somebody is at already is left to him: its blocks are chosen in order.
+        """
         for _ in range(self.nr_listed):
             handle = self._first
             if not handle:
                 return False
             self._requeue(handle)
-            if await self.clean(handle, budget=CHUNK_PAGES):
-                return True
+            if handle in self._cleaning:
+                continue
+            self._cleaning.add(handle)
+            try:
+                if await self.clean(handle, budget=CHUNK_PAGES):
+                    return True
+            finally:
+                self._cleaning.remove(handle)
         return False
 
     async def clean(

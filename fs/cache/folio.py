@@ -352,6 +352,12 @@ class PageCache:
         args = (self.m4, p.order, p.index, p.blocks, self.root(handle), self.block_log)
         return int(gather.change_range(*args, first, last, add, remove, count))
 
+    def reserved_until(self, handle: int, first: int, last: int) -> int:
+        """Up to which block, `last` at most, all from `first` on were promised one of their own."""
+        p = self.pages
+        args = (self.m4, p.order, p.index, p.blocks, self.root(handle), self.block_log)
+        return int(gather.reserved_until(*args, first, last))
+
     def claim(self, pfn: int, first: int, last: int, add: int) -> int:
         """Give bits to the unclaimed blocks of [first, last) in a folio (0: only count them)."""
         root = self.root(int(self.pages.mapping[pfn]))

@@ -26,7 +26,7 @@ from alloc.jit import helper, kernel
 from alloc.page import DIRTY, LOCKED, RECLAIM, WRITEBACK
 from alloc.workingset import eviction
 from fs.cache import radix
-from fs.cache.blocks import DIRTY_BLOCK, block_bits, change_bits
+from fs.cache.blocks import DIRTY_BLOCK, RESERVED, block_bits, change_bits
 from fs.cache.incore import I4_MAPPING, I8_SIZE
 from fs.cache.mapping import W_NDIRTY, W_NRWRITEBACK
 from fs.cache.radix import (
@@ -238,6 +238,25 @@ def change_range(m4, orders, indices, blocks, root, block_log, first, last, add,
     )
     spin_unlock(m4, root + R_LOCK)
     return n
+
+
+@kernel("i8(u4[::1], u1[::1], i8[::1], u4[::1], i8, i8, i8, i8)")
+def reserved_until(m4, orders, indices, blocks, root, block_log, first, last):
+    """Up to which block, `last` at most, all from `first` on are RESERVED."""
+    block = first
+    found = True
+    spin_lock(m4, root + R_LOCK)
+    while found and block < last:
+        pfn = find_entry(m4, root, (block << block_log) >> 12)
+        if pfn == 0:
+            break
+        base = indices[pfn] << 12
+        end = min(last, (base + (4096 << np.int64(orders[pfn]))) >> block_log)
+        while block < end and found:
+            found = block_bits(blocks, pfn, base, block_log, block) & RESERVED != 0
+            block += found
+    spin_unlock(m4, root + R_LOCK)
+    return block
 
 
 @kernel("i8(u4[::1], u1[::1], i8[::1], i8, i8, i8, i8[:, ::1])")

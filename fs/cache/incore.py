@@ -63,7 +63,7 @@ INODE = np.dtype(
         ("iolock", "u4"),  # fs.cache.lock words
         ("ilock", "u4"),
         ("touched", "u4"),  # a lane found it since reclaim last looked
-        ("pad1", "u4"),
+        ("writers", "u4"),  # open files that may write (fs/eofblocks.py)
         ("mapping", MAPPING),
         ("pad", "u1", (224,)),
     ]

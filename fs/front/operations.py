@@ -375,6 +375,8 @@ class Operations(pyfuse3.Operations):
         fh = handles.pack(ip.handle, flags, uid, self._opens) | self._sync
         if ip.flags & L.DIFLAG_SYNC:
             fh |= handles.FULL_SYNC
+        if fh & handles.WRITE:
+            self.vol.eofblocks.opened(ip)
         self.vol.told.opened(fh, int(self.vol.pages.state(ip.handle)["error"]))
         return pyfuse3.FileInfo(fh=fh, direct_io=self.direct, keep_cache=not self.direct)
 
@@ -430,8 +432,11 @@ class Operations(pyfuse3.Operations):
         if procdir.is_open(fh):
             self.proc.close(fh)
         else:
+            ip = self.opened(fh)
             self.vol.told.closed(fh)
-            self.vol.inodes.put(self.opened(fh))
+            if fh & handles.WRITE:
+                self.vol.eofblocks.closed(ip)
+            self.vol.inodes.put(ip)
 
     async def release(self, fh: int) -> None:
         self.closed(fh)

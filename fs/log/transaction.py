@@ -64,13 +64,23 @@ class Transaction:
     async def __aenter__(self) -> Transaction:
         if self._write:
             await self.vol.admit(self.name)
-            self.vol.space.reserve(self._wanted, from_pool=self._from_pool)
+            await self._reserve()
             self.blocks = self._wanted
             self.vol.enter()
         self._shield.__enter__()
         self._scope.__enter__()
         await self._lock(self._readers, shared=True)
         return self
+
+    async def _reserve(self) -> None:
+        """Promise it the blocks that it may need. Raises OSError(ENOSPC)."""
+        space = self.vol.space
+        try:
+            space.reserve(self._wanted, from_pool=self._from_pool)
+        except OSError:
+            if self._from_pool or not await self.vol.eofblocks.squeeze():
+                raise
+            space.reserve(self._wanted)
 
     async def __aexit__(
         self,
