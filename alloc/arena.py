@@ -324,7 +324,9 @@ class Arena:
         """Where a request should be served, as rights have it."""
         task = mempolicy.current_task()
         if not policy and task is not None:
-            policy, offset = task.number, task.turn
+            policy = task.number
+        if offset < 0 and task is not None and policy == task.number:
+            offset = task.turn
             task.turn += 1
         elif offset < 0:
             offset = self._turn

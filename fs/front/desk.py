@@ -202,7 +202,9 @@ class Desk:
     async def _finish(self, slot: int) -> None:
         """Finish one parked request and give its buffers back."""
         try:
-            with at_home(int(self._front.slots[slot, S.S_NODE])):
+            front, addr = self._front, int(self._front.slots[slot, S.S_ADDR])
+            uid = int(front.lanes[-1].m4[(addr + wire.H_UID) >> 2])
+            with at_home(int(front.slots[slot, S.S_NODE])), front.users.applied(uid):
                 await opcodes.answer(self._front, slot)
         finally:
             self._finished(slot)

@@ -20,6 +20,7 @@ from alloc.atomic import load_acquire
 from alloc.buddy import FREED_AND_WAITERS, RIGHTS_LOW, RIGHTS_MOVABLE
 from alloc.jit import helper
 from alloc.lru import lru_touch
+from alloc.mempolicy import NONE
 from alloc.page import ACTIVE, LRU, REFERENCED, Buddy
 from alloc.pcp import put, take
 from alloc.placement import place
@@ -37,7 +38,18 @@ from fs.cache.incore import (
 )
 from fs.cache.lock import SPINS, WAITED, try_lock, unlock
 from fs.cache.mapping import W_POLICY
-from fs.front.lanestate import B_LOCKS, B_MEMORY, G_INODE_LOG, M_BELLS, M_HOME, M_ROW
+from fs.front.lanereply import u32
+from fs.front.lanestate import (
+    B_LOCKS,
+    B_MEMORY,
+    C_NR_USERS,
+    G_INODE_LOG,
+    M_BELLS,
+    M_HOME,
+    M_ROW,
+)
+from fs.front.userpolicy import policy_of
+from fs.front.wire import H_UID
 from fs.xfs import layout as L
 from fs.xfs.extents import lookup
 
@@ -113,6 +125,8 @@ def _buddy(l):
 def take_folio(l, handle, index, order):
     """A folio for a file without touching what kswapd wants left, as `alloc.pcp.take` gives it."""
     number = np.int64(l.m4[handle * INODE_WORDS + I4_MAPPING + W_POLICY])
+    if number == NONE and l.control[C_NR_USERS] != 0:
+        number = policy_of(l.control, u32(l, H_UID))
     where = place(l.words, number, handle + (index >> order), l.me[M_HOME])
     return take(_buddy(l), l.me[M_ROW], order, RIGHTS_LOW | RIGHTS_MOVABLE | where)
 

@@ -41,6 +41,7 @@ class Lanes:
         lanes = 1 if self._nr_queues else options.lanes
         self.front = Front(vol, lanes, options.max_write, self._nr_queues)
         self.front.ops = ops
+        ops.users = self.front.users
         self.latency = Latency(self.front, options.latency, log)
         self._vol = vol
         self._log = log

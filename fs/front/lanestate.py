@@ -25,13 +25,16 @@ C_ATIME = 3  # 0 never, 1 relative, 2 strict
 C_FORWARD_FD = 4  # lanes send what is pyfuse3's here
 C_BELL_FD = 5  # eventfd that wakes trio
 C_BUSY_NS = 6  # written by trio: a lane that reads BUSY_TURNS requests in less rings B_BUSY
+C_NR_USERS = 7  # written by trio: how many have a memory policy
 C_BELL = 8  # doorbell: atomic or of the B_ bits; a lane that finds it 0 writes the eventfd
 C_SLOT_LOCK = 16  # spin lock of the stacks of free slots and payloads
 C_NR_FREE_SLOTS = 17
 C_NR_FREE_PAYLOADS = 18
 C_RING_TAIL = 24  # ring: producers' ticket, atomic add
 C_RING_HEAD = 32  # ring: the consumer's (trio)
-C_WORDS = 40
+C_USERS = 40  # written by trio: user and policy, by turns (fs/front/userpolicy.py)
+USERS_MOST = 16
+C_WORDS = C_USERS + 2 * USERS_MOST
 
 GIVE_UP = 2
 B_RING = 1  # there is something in the ring

@@ -28,12 +28,13 @@ import pyfuse3
 from alloc.policy import AllocationFailed
 from fs import file, links, namespace, xattr
 from fs.cache.inode import Inode
-from fs.front import acl, attrs, filepolicy, handles, procdir
+from fs.front import acl, attrs, handles, policyattr, procdir
 from fs.front.atime import AccessTimes
 from fs.front.guard import Gate, guarded
 from fs.front.options import MountOptions
 from fs.front.procdir import ProcDir
 from fs.front.statfs import statfs
+from fs.front.userpolicy import UserPolicies
 from fs.xfs import dir as directory
 from fs.xfs import layout as L
 from fs.xfs import stamp
@@ -67,6 +68,7 @@ class Operations(pyfuse3.Operations):
         self.dirsync = options.sync or options.dirsync
         self.times = AccessTimes(vol, options.atime, directories=options.diratime)
         self.proc = ProcDir(vol, options.procdir)
+        self.users: UserPolicies | None = None  # where there are lanes
         self.statistics: Callable[[], bytes] | None = None  # what STATISTICS reads
         self._root: Inode | None = None
 
@@ -327,8 +329,8 @@ class Operations(pyfuse3.Operations):
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         async with self.using(inode) as ip:
-            if name == filepolicy.ATTRIBUTE:
-                return filepolicy.set(self.vol, ip, value, ctx.uid)
+            if policyattr.owns(name):
+                return policyattr.set(self, ip, name, value, ctx.uid)
             _check_attributes(ip)
             await xattr.set(self.vol, ip, name, value)
 
@@ -338,8 +340,8 @@ class Operations(pyfuse3.Operations):
         if procdir.owns(inode):
             raise OSError(pyfuse3.ENOATTR, "no attributes")
         async with self.using(inode) as ip:
-            if name == filepolicy.ATTRIBUTE:
-                return filepolicy.get(self.vol, ip)
+            if policyattr.owns(name):
+                return policyattr.get(self, ip, name)
             if not ip.forkoff:  # the kernel asks before each write; answer at once
                 xattr.stored_as(name)
                 raise OSError(pyfuse3.ENOATTR, "no attributes")
@@ -353,8 +355,8 @@ class Operations(pyfuse3.Operations):
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         async with self.using(inode) as ip:
-            if name == filepolicy.ATTRIBUTE:
-                return filepolicy.remove(self.vol, ip, ctx.uid)
+            if policyattr.owns(name):
+                return policyattr.remove(self, ip, name, ctx.uid)
             _check_attributes(ip)
             await xattr.remove(self.vol, ip, name)
 

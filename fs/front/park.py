@@ -22,6 +22,7 @@ from fs.front import buffers, ring
 from fs.front import lanestate as S
 from fs.front import queues as queuing
 from fs.front import wire as W
+from fs.front.userpolicy import UserPolicies
 
 if TYPE_CHECKING:
     from fs.volume import Volume
@@ -54,6 +55,7 @@ class Front:
         self.payload_order = order_of(self.max_write)
         self.queues = queuing.Queues(queues, places, self.payload_order)
         self.control = np.zeros(S.C_WORDS, np.int64)
+        self.users = UserPolicies(self.control)
         self.geo = _geo_words(vol)
         most = buffers.slots_most(memory, self.nr_slots)
         self.slots = np.zeros((most, S.S_WORDS), np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 IN_HEADER = 40
 OUT_HEADER = 16
 # request header
-H_LEN, H_OPCODE, H_UNIQUE, H_NODEID = 0, 4, 8, 16
+H_LEN, H_OPCODE, H_UNIQUE, H_NODEID, H_UID = 0, 4, 8, 16, 24
 BODY = IN_HEADER
 # READ and WRITE arguments (40 bytes each); a WRITE's payload follows
 RW_FH, RW_OFFSET, RW_SIZE, RW_FLAGS = BODY, BODY + 8, BODY + 16, BODY + 20

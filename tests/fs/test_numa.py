@@ -32,7 +32,7 @@ def places(vol: Volume, ip: Inode) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize("who", ["inode", "mount"])
+@pytest.mark.parametrize("who", ["inode", "user", "mount"])
 async def test_lanes_and_tasks_interleave_alike(
     scratch: Path, who: str, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -50,9 +50,12 @@ async def test_lanes_and_tasks_interleave_alike(
         for each in (ip, other):
             if who == "inode":
                 vol.pages.set_mempolicy(each.handle, number)
+        if who == "user":
+            desk.users.set(0, number)
         for k in range(60):
             await desk.write(ip, k * 4096, DATA)
-            await file.write(vol, other, k * 4096, DATA)
+            with desk.users.applied(0):
+                await file.write(vol, other, k * 4096, DATA)
         assert desk.codes["answered"] > 30
         for each in (ip, other):
             found = places(vol, each)

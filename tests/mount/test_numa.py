@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests import support
-from tests.mount.test_opcodes import as_nobody
+from tests.mount.test_opcodes import NOBODY, as_nobody
 
 MIB = 1 << 20
 
@@ -75,6 +76,37 @@ def test_a_file_says_where_its_memory_lies(scratch: Path, options: str) -> None:
             assert as_nobody(lambda: os.setxattr(fd, name, b"bind:1")) == errno.EPERM
         with pytest.raises(OSError, match="not supported"):
             os.setxattr(mount.path, name, b"bind:1")
+    support.assert_clean(image)
+
+
+@pytest.mark.mount
+def test_a_user_says_where_his_memory_lies(scratch: Path) -> None:
+    image, name = support.mkfs(scratch), f"system.nofailfs.mpol.{NOBODY}"
+    options, data = "numa=2,allow_other,mpol=bind:0", os.urandom(MIB)
+    with support.our_mount(image, scratch / "mnt", memory="64M", options=options) as mount:
+        os.setxattr(mount.path, name, b"bind:1")
+        assert os.getxattr(mount.path, name) == b"bind:1"
+        for who, node in (("root", 0), ("nobody", 1)):
+            with open(mount.path / who, "wb", buffering=0) as file:
+                before, fd = free_pages(mount), file.fileno()
+                for _ in range(4):
+                    if who == "root":
+                        os.write(fd, data)
+                    else:
+                        assert as_nobody(partial(os.write, fd, data)) == 0
+                taken = [b - a for a, b in zip(free_pages(mount), before, strict=True)]
+                assert taken[node] >= 1024, who
+                assert taken[1 - node] < 128, who
+        fd = os.open(mount.path, os.O_RDONLY)
+        other = "system.nofailfs.mpol.1000"
+        assert as_nobody(lambda: os.setxattr(fd, other, b"bind:1")) == errno.EPERM
+        assert as_nobody(lambda: os.removexattr(fd, name)) == 0
+        os.close(fd)
+        for missing in (name, other):
+            with pytest.raises(OSError, match="No data"):
+                os.getxattr(mount.path, missing)
+        with pytest.raises(OSError, match="not supported"):
+            os.setxattr(mount.path / "root", name, b"bind:1")
     support.assert_clean(image)
 
 
