@@ -37,6 +37,7 @@ from alloc.gfp import (
     current_scope,
     effective,
 )
+from alloc.jit import record_table
 from alloc.libc import zero
 from alloc.lru import Lru
 from alloc.mempool import Mempool
@@ -517,7 +518,7 @@ class Slab:
         self.number = number
         self.dtype = dtype
         self.size = dtype.itemsize
-        self.table: NDArray[Any] = arena.mem.view(dtype)
+        self.table: NDArray[Any] = record_table(arena.mem.view(dtype))
         self._at = W_SLAB + number * SLAB_WORDS
         for words in arena.nodes:
             words[self._at + S_SHIFT] = self.size.bit_length() - 1

@@ -23,14 +23,16 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
+import numpy as np
 from numba import typeof
 from numba.core import config, sigutils, types
+from numpy.typing import NDArray
 
 ROOMS = ("alloc", "writeback", "fs")
 # Kernels make no arrays and return none, so numba need not count references to them (_nrt): the
@@ -88,11 +90,57 @@ def kernel(signature: Signature) -> Callable[[Callable[..., Any]], Any]:
     """Decorate an entry point called from Python."""
 
     def wrap(function: Callable[..., Any]) -> Any:
+        if DISABLED:
+            return _as_compiled(function)
         dispatcher = numba.njit(**FLAGS)(function)
         registry.append((dispatcher, signature))
         return dispatcher
 
     return wrap
+
+
+def _as_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An interpreted kernel that returns Python's numbers, as a compiled one does."""
+
+    def plain(result: Any) -> Any:
+        if isinstance(result, tuple):
+            return tuple(map(plain, result))
+        return result.item() if isinstance(result, np.number | np.bool_) else result
+
+    @wraps(function)
+    def kernel(*args: Any) -> Any:
+        return plain(function(*args))
+
+    return kernel
+
+
+class _Record(np.void):  # type: ignore[misc]  # mypy takes it for final
+    """A record as kernels see it: its fields are attributes, whatever numpy has by that name."""
+
+    def __getattribute__(self, name: str) -> Any:
+        fields = np.void.__getattribute__(self, "dtype").names
+        return self[name] if name in fields else np.void.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
+def _record_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if dtype.fields is None or dtype.names is None:
+        return dtype
+    fields = [dtype.fields[name] for name in dtype.names]
+    layout: Any = {
+        "names": dtype.names,
+        "formats": [_record_type(field[0]) for field in fields],
+        "offsets": [field[1] for field in fields],
+        "itemsize": dtype.itemsize,
+    }
+    return np.dtype((_Record, np.dtype(layout)))
+
+
+def record_table(table: NDArray[Any]) -> NDArray[Any]:
+    """A table of records for kernels that take one of its records, compiled or interpreted."""
+    return table.view(_record_type(table.dtype)) if DISABLED else table
 
 
 def probe(function: Callable[..., Any]) -> Any:

@@ -166,7 +166,7 @@ BuddyMachine.TestCase.settings = settings(
     derandomize=True,
     phases=(Phase.reuse, Phase.generate),  # a state is large: to shrink it takes minutes
 )
-TestBuddy = BuddyMachine.TestCase
+TestBuddy = pytest.mark.compiled(BuddyMachine.TestCase)
 
 
 def take(arena: Arena, order: int) -> int:

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from alloc import jit
@@ -28,6 +30,7 @@ def twice(words, flags, order, refs, following, preceding, pfn):
 PROGRAM = """
 import re, sys
 from pathlib import Path
+from typing import Any
 from alloc import jit
 import alloc.arena
 from alloc.gfp import NOWAIT
@@ -88,3 +91,34 @@ def test_what_an_inlined_function_calls_is_not_inlined_for_that() -> None:
         [made.fndesc.inline for made in function.overloads.values()] for function in (often, rarely)
     ]
     assert inline == [[True], [False]]
+
+
+# -- compiled or interpreted -------------------------------------------------------------------
+
+RECORD = np.dtype([("size", "i8"), ("inner", [("flags", "u4")]), ("name", "u1", (4,))])
+
+
+@jit.kernel("UniTuple(i8, 2)(i8[::1])")
+def first_two(numbers: Any) -> Any:
+    return numbers[0], numbers[1]
+
+
+@jit.probe
+def grow(table: Any, i: int) -> Any:
+    record = table[i]
+    record.size += 1
+    return record.inner.flags
+
+
+def test_a_kernel_returns_the_numbers_of_python() -> None:
+    found = first_two(np.array([1 << 40, -7]))
+    assert found == (1 << 40, -7)
+    assert [type(number) for number in found] == [int, int]
+
+
+def test_a_field_is_an_attribute_whatever_its_name() -> None:
+    table = jit.record_table(np.zeros(3, RECORD))
+    table["inner"]["flags"][1] = 5
+    assert grow(table, 1) == 5
+    assert table["size"].tolist() == [0, 1, 0]
+    assert table[1].nbytes == RECORD.itemsize

@@ -105,7 +105,7 @@ class Adversary:
             background.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("largest", [5, 8, 10])
+@pytest.mark.parametrize("largest", [5, 8, pytest.param(10, marks=pytest.mark.compiled)])
 @pytest.mark.parametrize("seed", range(1 if DISABLED else 5))
 async def test_every_waiter_is_served_in_bounded_rounds(
     seed: int,

@@ -73,6 +73,7 @@ async def test_a_report_shows_the_whole_graph(
         arena.put_folio(pfn or 0)
 
 
+@pytest.mark.compiled
 async def test_reports_come_at_doubling_intervals(
     arena: Arena, cache: FolioCache, autojump_clock: object, allow_logs
 ) -> None:
@@ -92,6 +93,7 @@ async def test_reports_come_at_doubling_intervals(
     assert arena.vmstat["alloc_stall_reports"] == len(allow_logs.seen) == 5
 
 
+@pytest.mark.compiled
 async def test_many_waiters_share_a_report(
     arena: Arena, cache: FolioCache, autojump_clock: object, allow_logs
 ) -> None:

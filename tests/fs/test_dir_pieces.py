@@ -86,6 +86,7 @@ async def test_the_kernels_pieces_are_read(scratch: Path, image: Path) -> None:
             vol.inodes.put(await namespace.lookup(vol, dp, long_name(i)))
 
 
+@pytest.mark.compiled
 async def test_pieces_are_written_and_freed(scratch: Path, image: Path) -> None:
     names = {long_name(i) for i in range(700)} | {b"first"}
     async with opened(image) as vol, using(vol) as root, using(vol, b"target") as target:

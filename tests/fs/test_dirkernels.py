@@ -108,6 +108,7 @@ def test_data_block_follows_its_model(steps: list[tuple[bool, bytes]], size: int
     assert sorted(out[:n, 0].tolist()) == sorted(places.values())
 
 
+@pytest.mark.compiled
 def test_data_block_of_64k_can_be_filled() -> None:
     block = Guarded(65536)
     D.init(*block.args, L.MAGIC_DIR_DATA)

@@ -183,6 +183,7 @@ async def test_state_on_disk_is_the_models(tmp_path: Path, name: str) -> None:
     assert mine <= seen
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("name", "kind", "extents"), [("1k", btkind.BNO, 8), ("1k rmap", btkind.RMAP, 3)]
 )

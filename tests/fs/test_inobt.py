@@ -205,6 +205,7 @@ async def mirrored(vol: Volume) -> None:
             assert header["freecount"] == sum(chunk.freecount for chunk in chunks)
 
 
+@pytest.mark.compiled
 @images
 async def test_thousands(tmp_path: Path, args: tuple[str, ...]) -> None:
     """Allocate and free in a seeded mix; every number is used once, everything comes back."""
@@ -393,6 +394,7 @@ async def test_free_twice_is_corruption(tmp_path: Path, allow_logs: Any) -> None
     support.assert_clean(path)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("args", [(), ("-m", "rmapbt=1"), ("-b", "size=1k")],
                          ids=["default", "rmapbt", "1k"])  # fmt: skip
 async def test_sparse_chunks_in_use(tmp_path: Path, args: tuple[str, ...]) -> None:

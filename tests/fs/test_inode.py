@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alloc.jit import record_table
 from fs.cache.inode import INODE
 from fs.xfs import extents as X
 from fs.xfs import fork, inode, superblock
@@ -57,7 +58,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 def test_chunk_as_mkfs_made_it(image: Image) -> None:
     geo, mem = image
-    table = np.zeros(2, INODE)
+    table = record_table(np.zeros(2, INODE))
     copy = np.zeros(geo.inode_size, np.uint8)
     for ino in range(geo.root_ino, geo.root_ino + 64):
         addr = inode_addr(geo, ino)
@@ -84,7 +85,7 @@ def test_old_stamps_become_bigtime(image: Image) -> None:
     core = mem[addr : addr + L.LITERAL].view(L.DINODE)[0]
     core["flags2"] &= ~np.uint64(L.DIFLAG2_BIGTIME)
     core["mtime"] = (-5 & 0xFFFFFFFF) << 32 | 123456789
-    table = np.zeros(1, INODE)
+    table = record_table(np.zeros(1, INODE))
     inode.unpack_core(mem, addr, table, 0)
     wanted = ((1 << 31) - 5) * 10**9 + 123456789
     assert table["mtime"][0] == wanted
@@ -102,7 +103,7 @@ def test_stamps_beyond_32_bits_are_clamped_without_bigtime(plain: Image) -> None
     geo, mem = plain
     small = dataclasses.replace(geo, has_bigtime=False)
     addr = inode_addr(geo, geo.root_ino)
-    table = np.zeros(1, INODE)
+    table = record_table(np.zeros(1, INODE))
     copy = mem[addr : addr + 512].copy()
     inode.unpack_core(mem, addr, table, 0)
     table["flags2"][0] = 0
@@ -114,7 +115,7 @@ def test_stamps_beyond_32_bits_are_clamped_without_bigtime(plain: Image) -> None
 def test_pack_leaves_the_clusters_link_and_lsn(plain: Image) -> None:
     geo, mem = plain
     addr = inode_addr(geo, geo.root_ino)
-    table = np.zeros(1, INODE)
+    table = record_table(np.zeros(1, INODE))
     image = mem[addr : addr + 512].copy()
     inode.unpack_core(mem, addr, table, 0)
     cluster = image.copy()
@@ -331,7 +332,7 @@ def test_rubbish_never_reads_outside(plain: Image, holes: list[tuple[int, int]],
     copy[:2] = (0x49, 0x4E)
     crc_stamp(copy, 0, 512, inode.CRC)
     if inode.verify(geo, copy, 0, geo.root_ino) == "":
-        table = np.zeros(1, INODE)
+        table = record_table(np.zeros(1, INODE))
         inode.unpack(geo, copy, 0, table, 0, np.zeros(512, np.uint8), 0)
 
 

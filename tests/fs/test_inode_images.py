@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alloc.jit import record_table
 from fs.cache.inode import INODE
 from fs.volume import Volume
 from fs.xfs import bmap, inobt, inode
@@ -65,7 +66,7 @@ async def packs_back(vol: Volume, ino: int) -> None:
         buf = await tp.read(daddr, bbs, inode.INODE_OPS)
         addr = buf.addr + offset
         assert inode.verify(geo, buf.mem, addr, ino) == ""
-        table = np.zeros(1, INODE)
+        table = record_table(np.zeros(1, INODE))
         image = np.zeros(geo.inode_size, np.uint8)
         inode.unpack(geo, buf.mem, addr, table, 0, image, 0)
         target = image.copy()

@@ -140,6 +140,7 @@ def _count(mp: pytest.MonkeyPatch, counts: dict[str, list[int]]) -> None:
         counting(name)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("arguments", IMAGES.values(), ids=IMAGES.keys())
 async def test_same_image(
     tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -133,6 +133,7 @@ async def test_shared_blocks_have_a_record_each(tmp_path: Path) -> None:
     assert_sound(path)
 
 
+@pytest.mark.compiled
 async def test_thousands_of_records(tmp_path: Path) -> None:
     """Every second block belongs to another file: a tree of several levels, and back."""
     path = image(tmp_path, "1k rmap")
