@@ -66,4 +66,5 @@ class Cut:
             signal.alarm(LATE_S)
 
     def _late(self, number: int, frame: FrameType | None) -> None:
+        signal.alarm(1)  # what tidies up may be stuck, too
         raise KeyboardInterrupt
