@@ -25,6 +25,7 @@ import trio
 from numpy.typing import DTypeLike, NDArray
 
 from alloc import buddy, check, hostnodes, lockdep, magazine, mempolicy, pcp, rows, slab, zone
+from alloc.balance import Balancer
 from alloc.compaction import Compaction
 from alloc.gfp import (
     COSTLY_ORDER,
@@ -146,16 +147,14 @@ class Arena:
         self.stall_seconds = STALL_S  # a wait that lasts as long is reported
         self.holders: Callable[[trio.lowlevel.Task], list[str]] = no_locks  # by stall reports
         self.lru = Lru(
-            self.buddy,
-            self.vmstat,
-            self.put_folio,
-            self.slow.wanted_order,
-            lambda: self.reclaim.who,
-        )
+            self.buddy, self.vmstat, self.put_folio,
+            self.slow.wanted_order, lambda: self.reclaim.who,
+        )  # fmt: skip
         self.reclaim = Reclaim(self.nodes, self.lru, self.vmstat, self.slow.waiting)
         self.compaction = Compaction(
             self.buddy, self.nodes, self.vmstat, self.drain_all, self.queue.serve_soon
         )
+        self.balancer = Balancer(self.compaction, self.nodes, pages, self.queue.serve_soon)
         self.vmstat.gauge("rcu_deferred_bytes", lambda: self.rcu.deferred_bytes)
         self.vmstat.gauge("rcu_expedited", lambda: self.rcu.expedited)
         self.vmstat.gauge("rcu_stalls", lambda: self.rcu.stalls)
@@ -396,6 +395,8 @@ class Arena:
             nursery.start_soon(self.rcu.reaper, lambda: bool(self.queue))
             for node in self.compaction.nodes:
                 nursery.start_soon(node.kcompactd)
+            if self._several:
+                nursery.start_soon(self.balancer.run)
             for kswapd in self.reclaim.kswapds:
                 nursery.start_soon(kswapd.run)
 

@@ -78,6 +78,14 @@ def describe(number: int) -> str:
     return NAMES[number & MODE_MASK] + (":" + "+".join(nodes) if nodes else "")
 
 
+def allows(number: int, node: int) -> bool:
+    """Whether memory of a policy may migrate to a node: not where the policy says itself where."""
+    mode = number & MODE_MASK
+    if mode in (PREFER_MANY, BIND):
+        return bool(number >> NODES_SHIFT >> node & 1)
+    return mode in (NONE, LOCAL)
+
+
 class TaskPolicy:
     """A task's policy, and how many requests it has placed by it."""
 

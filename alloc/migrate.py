@@ -54,6 +54,9 @@ class Mover(Protocol):
         verdicts: MOVED, or STAYS when it is in use. Never waits and never allocates.
         """
 
+    def policy_of(self, pfn: int) -> int:
+        """The memory policy of what a folio belongs to, or NONE; the caller has a reference."""
+
 
 @helper
 def may_move(b, pfn):

@@ -89,6 +89,7 @@ W_PROMO = 43
 W_BOOST_MAX = 44  # pages that fallbacks may add to `low` and `high`; 0: none
 W_WEIGHT = 45  # of the node, for weighted interleaving
 W_MEMPOLICY = 46  # of node 0: the mount's memory policy
+W_MIGRATE = 47  # of node 0: by how many touches another node gets a folio; 0: it stays
 # words: the LRU's line
 W_LRU_LOCK = 48
 W_LRU = 49  # head, tail, pages of the inactive list, then of the active list
@@ -146,11 +147,18 @@ W_NUMA = W_NR_FREE + (TYPES << FREE_SHIFT)
 # words: all nodes, nearest first
 W_ZONELIST = W_NUMA + 8
 NODES = 16
+# words: a ring of folios that are wanted on other nodes (alloc/touches.py)
+W_HOT_NEXT = W_ZONELIST + NODES  # entries since the beginning
+W_HOT = W_HOT_NEXT + 8
+HOT = 256
+HOT_NODE_SHIFT = 4  # an entry is a pfn and, below, the number of a node
 # words: the migratetype of each pageblock
-W_BLOCK_TYPES = W_ZONELIST + NODES
+W_BLOCK_TYPES = W_HOT + HOT
 LINE_BYTES = 64
 LINE_WORDS = LINE_BYTES // 8
 assert W_ROWS % 8 == ROW_WORDS % 8 == P_MAGAZINES % 8 == W_FREE_HEAD % 8 == W_NUMA % 8 == 0
+assert W_HOT % 8 == 0
+assert NODES <= 1 << HOT_NODE_SHIFT
 
 Words = NDArray[np.int64]
 
@@ -167,7 +175,8 @@ class Pages(NamedTuple):
     blocks: NDArray[np.uint32]  # per-block bits of the page cache
     lru_next: NDArray[np.uint32]
     lru_prev: NDArray[np.uint32]
-    private: NDArray[np.uint64]  # the owner's; object bitmap (lower half) of SLAB pages
+    # of folios on the LRU: touches by node (alloc/touches.py); object bitmap (lower half) of SLAB
+    private: NDArray[np.uint64]
 
 
 class Buddy(NamedTuple):

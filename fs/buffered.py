@@ -82,8 +82,7 @@ def _copy_in(vol: Volume, ip: Inode, pos: int, source: Any, start: int, length: 
     )
     if hint[0]:
         pages.note_dirtied(ip.handle, int(hint[0]))
-    if hint[1]:
-        vol.arena.lru.mark_accessed(int(hint[1]))
+    pages.note_used(ip.handle, pos, copied)
     return copied
 
 

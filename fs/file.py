@@ -59,8 +59,7 @@ async def read(vol: Volume, ip: Inode, offset: int, size: int) -> bytes | bytear
         folios = (p.flags, p.order, p.index, p.blocks, pages.root(handle), pages.block_log)
         addr = int(blocks.locate(pages.m4, *folios, offset, length, hint))
         if addr >= 0:
-            if hint[1]:
-                vol.arena.lru.mark_accessed(int(hint[1]))
+            pages.note_used(handle, offset, length)
             return bytes(pages.view[addr : addr + length])
         return await read_slowly(vol, ip, offset, length)
     finally:
@@ -77,9 +76,9 @@ async def read_slowly(vol: Volume, ip: Inode, offset: int, length: int) -> bytea
     at, end = offset, offset + length
     while True:
         args = (at, target, at - offset, end - at, pages.hint)
-        at += int(blocks.copy_out(pages.m4, vol.arena.mem, *folios, *args))
-        if pages.hint[1]:
-            vol.arena.lru.mark_accessed(int(pages.hint[1]))
+        copied = int(blocks.copy_out(pages.m4, vol.arena.mem, *folios, *args))
+        pages.note_used(ip.handle, at, copied)
+        at += copied
         if at == end:
             return result
         at = min(await readahead.fill(vol, ip, at, end), end)

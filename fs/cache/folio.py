@@ -265,6 +265,7 @@ class PageCache:
 
     def _insert(self, handle: int, index: int, order: int, pfn: int, bits: int) -> int:
         p = self.pages
+        p.private[pfn] = 0  # nobody has touched it yet (alloc/touches.py)
         code = gather.attach(
             *self._tagged[:3], p.order, p.index, p.blocks, p.mapping, self.root(handle), handle,
             index >> order << order, order, pfn, self._spare, self._nr_spare, bits, self.hint,
@@ -337,6 +338,16 @@ class PageCache:
                 await self._waits.setdefault(pfn, trio.Event()).wait()
         finally:
             self.arena.put_folio(pfn)
+
+    def note_used(self, handle: int, pos: int, length: int) -> None:
+        """A copy kernel has used [pos, pos + length) of a file, and left its hint."""
+        if self.hint[1]:
+            self.arena.lru.mark_accessed(int(self.hint[1]))
+        balancer = self.arena.balancer
+        if balancer.enabled and length:
+            p, first, last = self.pages, pos >> PAGE_LOG, pos + length - 1 >> PAGE_LOG
+            args = (self.m4, self.m8, p.order, p.index, self.root(handle), first, last, radix.ANY)
+            balancer.touch(self._gang[: radix.gang(*args, self._gang)])
 
     def change(self, pfn: int, first: int, last: int, add: int, remove: int = 0) -> None:
         """Change the bits of file blocks [first, last), which lie in the folio."""
@@ -513,6 +524,10 @@ class PageCache:
         self.shadows.forget(handle, 0, 1 << 52)
         assert not self.maps[handle]["delalloc"]
         assert not self.maps[handle]["node"]
+
+    def policy_of(self, pfn: int) -> int:
+        """See `alloc.migrate.Mover`."""
+        return int(self.columns["mempolicy"][self.pages.mapping[pfn]])
 
     def move_folios(
         self, sources: NDArray[np.int64], targets: NDArray[np.int64], verdicts: NDArray[np.int64]

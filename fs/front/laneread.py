@@ -22,6 +22,7 @@ from alloc.atomic import fetch_add, spin_lock, spin_unlock
 from alloc.jit import helper, kernel
 from alloc.libc import address, memcpy, realtime_ns, writev
 from alloc.page import PAGE_SHIFT
+from alloc.touches import touch
 from fs.buffered import OWN
 from fs.cache.blocks import readable
 from fs.cache.incore import (
@@ -59,6 +60,7 @@ from fs.front.lanestate import (
     M_DONE,
     M_ENTRY,
     M_FD,
+    M_HOME,
     M_LEN,
     M_LOCKED,
     M_REASON,
@@ -185,6 +187,7 @@ def _release(l, n):
         if page != 0 and pfn != last:
             last = pfn
             mark_accessed(l, pfn)
+            touch(l.words, l.free_low, pfn, l.me[M_HOME])
             put_folio(l, pfn)
 
 

@@ -24,7 +24,8 @@ from alloc.buddy import WOULD_BLOCK
 from alloc.jit import helper
 from alloc.libc import realtime_ns
 from alloc.lru import ADD, lru_move
-from alloc.page import DIRTY, LOCKED
+from alloc.page import DIRTY, LOCKED, W_MIGRATE
+from alloc.touches import begin, touch
 from fs.cache.blocks import (
     DIRTY_BLOCK,
     UPTODATE,
@@ -69,6 +70,7 @@ from fs.front.lanestate import (
     M_BELLS,
     M_DONE,
     M_HINT,
+    M_HOME,
     M_LEN,
     M_LOCKED,
     M_NR_NODES,
@@ -122,6 +124,7 @@ def _dress(l, handle, pfn, at):
     l.index[pfn] = (at >> 12) >> order << order
     for page in range(pfn, pfn + (1 << order)):
         l.blocks[page] = 0
+    begin(l.words, l.free_low, pfn)
 
 
 @helper
@@ -194,6 +197,8 @@ def _copy(l, root, at, end, source):
     )  # fmt: skip
     if l.me[M_HINT + 1] != 0:
         fetch_add(l.refs, l.me[M_HINT + 1], 1)
+    if l.words[W_MIGRATE] != 0 and reached > at:
+        touch(l.words, l.free_low, find_entry(l.m4, root, at >> 12), l.me[M_HOME])
     return reached
 
 

@@ -1,7 +1,7 @@
 """Tunables of a mount, under the names and with the meaning that they have below /proc/sys.
 
 Those of `rcutree` are the parameters of that module in the kernel, those of `bdi` are below
-/sys/class/bdi there, for each device.
+/sys/class/bdi there, for each device; numa_migr_* are named after IRIX's.
 
 Each is one number. Writing it takes effect at once; what is out of range, or would leave the memory
 manager without memory, is EINVAL and changes nothing. Of a ratio and its bytes the one that was
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 
+from alloc.balance import REST_MS_MOST, THRESHOLD_MOST
 from alloc.gfp import KERNEL
 from alloc.mempolicy import WEIGHT_MOST
 from alloc.shrinker import ShrinkerState
@@ -73,7 +74,7 @@ async def write(tunable: Tunable, data: bytes) -> None:
 
 def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
-    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu, _weights, _device)
+    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu, _weights, _balance, _device)
     return {path: tunable for part in parts for path, tunable in part(vol).items()}
 
 
@@ -108,6 +109,32 @@ def _weights(vol: Volume) -> dict[str, Tunable]:
 
     nodes = range(len(arena.nodes)) if len(arena.nodes) > 1 else ()
     return {f"vm/weighted_interleave/node{node}": tunable(node) for node in nodes}
+
+
+def _balance(vol: Volume) -> dict[str, Tunable]:
+    """Where there are several nodes: the migration of folios between them."""
+    balancer = vol.arena.balancer
+
+    def setter(field: str) -> Callable[[int], None]:
+        return lambda value: setattr(balancer, field, value)
+
+    if len(vol.arena.nodes) == 1:
+        return {}
+    return {
+        "kernel/numa_balancing": Tunable(
+            lambda: int(balancer.enabled), lambda on: balancer.enable(on != 0), 0, 1
+        ),
+        # touches by which another node leads; milliseconds; MiB a second
+        "vm/numa_migr_threshold": Tunable(
+            lambda: balancer.threshold, setter("threshold"), 1, THRESHOLD_MOST
+        ),
+        "vm/numa_migr_bounce_control_interval": Tunable(
+            lambda: balancer.rest_ms, setter("rest_ms"), 0, REST_MS_MOST
+        ),
+        "vm/numa_migr_rate_limit_MBps": Tunable(
+            lambda: balancer.rate_mbps, setter("rate_mbps"), 0, INT_MOST
+        ),
+    }
 
 
 def _dirty(vol: Volume) -> dict[str, Tunable]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from alloc.arena import Arena
 from alloc.jit import probe
+from alloc.mempolicy import NONE
 from alloc.migrate import MOVED, replace_folio
 from alloc.page import (
     BUDDY,
@@ -43,6 +44,7 @@ class MovableCache(FolioCache):
         super().__init__(arena)
         self.seeds: dict[int, int] = {}
         self.pinned: set[int] = set()
+        self.policies: dict[int, int] = {}
         self.moves: list[tuple[int, int]] = []
         arena.compaction.register_mover(self)
 
@@ -79,6 +81,9 @@ class MovableCache(FolioCache):
             self.seeds[target] = self.seeds.pop(source)
             self.moves.append((source, target))
             verdicts[k] = MOVED
+
+    def policy_of(self, pfn: int) -> int:
+        return self.policies.get(pfn, NONE)
 
     def verify(self) -> None:
         """Everything that came along with each folio is what it was, and the arena is sound."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import trio
 
 from alloc import mempolicy
 from alloc.atomic import fetch_add, load_acquire, spin_lock, spin_unlock
-from alloc.buddy import put
+from alloc.gfp import MOVABLE, NOWAIT
 from alloc.jit import DISABLED, kernel
 from alloc.libc import memcmp
+from alloc.migrate import MOVED
 from alloc.page import DIRTY, LOCKED, WRITEBACK, Buddy
+from alloc.pcp import put
 from alloc.topology import topology
 from fs import file
 from fs.cache import radix
@@ -28,12 +31,37 @@ from tests.fs.imagefiles import a_file, opened
 SIZE = 4 << 20
 
 
-async def compact(vol: Volume) -> int:
+async def compact(vol: Volume, ip: Inode) -> int:
     """As /proc/sys/vm/compact_memory; how many folios moved."""
     before = vol.arena.vmstat["pgmigrate_success"]
     for _ in vol.arena.compaction.compact_memory():
         await trio.lowlevel.checkpoint()
     return vol.arena.vmstat["pgmigrate_success"] - before
+
+
+async def migrate(vol: Volume, ip: Inode) -> int:
+    """Every folio of a file that nobody uses goes to the other node; how many."""
+    pages, arena = vol.pages, vol.arena
+    before = arena.vmstat["pgmigrate_success"]
+    pfns = pages.gang(ip.handle, 0, SIZE >> 12)
+    sources = np.array([pfn for pfn in pfns if arena.try_get_folio(pfn)])
+    targets, verdicts = np.zeros(len(sources), np.int64), np.zeros(len(sources), np.int64)
+    for k, pfn in enumerate(sources.tolist()):
+        order, other = int(pages.pages.order[pfn]), 1 - arena.node_of(pfn)
+        bound = mempolicy.policy("bind", [other])
+        targets[k] = arena.try_alloc_folio(order, NOWAIT | MOVABLE, bound) or 0
+    there = targets != 0
+    moved = verdicts[there]
+    pages.move_folios(sources[there], targets[there], moved)
+    verdicts[there] = moved
+    for source, target, verdict in zip(sources, targets, verdicts, strict=True):
+        arena.put_folio(int(source))
+        if target and verdict != MOVED:
+            arena.put_folio(int(target))
+    arena.vmstat.add("pgmigrate_success", int(verdicts.sum()))
+    arena.vmstat.add("pgmigrate_fail", int((verdicts != MOVED).sum()))
+    await trio.lowlevel.checkpoint()
+    return arena.vmstat["pgmigrate_success"] - before
 
 
 def drop_some(vol: Volume, ip: Inode, rng: random.Random, part: float) -> int:
@@ -82,7 +110,7 @@ async def test_everything_comes_along(scratch: Path, nodes: int) -> None:
         counts = (vol.pages.dirty.nr_dirty, int(vol.pages.state(ip.handle)["ndirty"]))
         assert counts[0] > 50
         vol.arena.compaction.proactiveness = 0
-        assert await compact(vol) > 50
+        assert await compact(vol, ip) > 50
         assert state_of(vol, ip) == before
         assert (vol.pages.dirty.nr_dirty, int(vol.pages.state(ip.handle)["ndirty"])) == counts
         assert bytes(await file.read(vol, ip, 0, SIZE)) == content
@@ -144,15 +172,19 @@ def look_up_often(
         if memcmp(mem, page << 12, content, index << 12, 4096) != 0:
             fetch_add(out, 2, 1)
         fetch_add(out, 1, 1)
-        put(b, pfn)
+        put(b, seed, pfn)
 
 
 @pytest.mark.skipif(DISABLED, reason="needs threads without the GIL")
 @pytest.mark.slow
-async def test_lookups_beside_a_moving_cache(scratch: Path) -> None:
+@pytest.mark.parametrize("move", [compact, migrate])
+async def test_lookups_beside_a_moving_cache(
+    scratch: Path, move: Callable[[Volume, Inode], Awaitable[int]]
+) -> None:
     rng = random.Random(3)
     content = rng.randbytes(SIZE)
-    async with opened(support.mkfs(scratch)) as vol, a_file(vol) as ip:
+    nodes = topology(2 if move is migrate else 1)
+    async with opened(support.mkfs(scratch), nodes=nodes) as vol, a_file(vol) as ip:
         await written(vol, ip, content, 4096 * 5)
         await file.fsync(vol, ip)
         out = np.ones(4, np.int64)
@@ -170,7 +202,7 @@ async def test_lookups_beside_a_moving_cache(scratch: Path) -> None:
             with trio.fail_after(60):
                 while moved < 20_000 or out[1] < 200_000:
                     drop_some(vol, ip, rng, 0.2)
-                    moved += await compact(vol)
+                    moved += await move(vol, ip)
                     assert bytes(await file.read(vol, ip, 0, SIZE)) == content
         finally:
             out[0] = 1

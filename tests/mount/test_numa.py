@@ -36,6 +36,15 @@ def test_files_on_several_nodes(scratch: Path, options: str) -> None:
         weight = proc / "sys/vm/weighted_interleave/node1"
         weight.write_text("3\n")
         assert weight.read_text() == "3\n"
+        balancing = proc / "sys/kernel/numa_balancing"
+        assert balancing.read_text() == "1\n"
+        balancing.write_text("0\n")
+        assert balancing.read_text() == "0\n"
+        threshold = proc / "sys/vm/numa_migr_threshold"
+        threshold.write_text("3\n")
+        assert threshold.read_text() == "3\n"
+        with pytest.raises(OSError, match="Invalid argument"):
+            threshold.write_text("0\n")
         assert ("interleave" in options) == (int(counts["numa_interleave"]) > 0)
     support.assert_clean(image)
 
