@@ -75,7 +75,7 @@ from alloc.policy import IRIX, Injector, Policy
 from alloc.pressure import Pressure
 from alloc.rcu import Rcu
 from alloc.reclaim import Reclaim
-from alloc.shrinker import DEFAULT_SEEKS, NO_NODE, SHRINK_BATCH, Shrinker
+from alloc.shrinker import DEFAULT_SEEKS, NO_NODE, SHRINK_BATCH, NodeCache, Share, Shrinker
 from alloc.slabinfo import slabinfo
 from alloc.slowpath import Request, SlowPath
 from alloc.stall import STALL_S, Stalls, no_locks
@@ -381,6 +381,11 @@ class Arena:
         """
         self.reclaim.register_shrinker(shrinker, seeks, batch, nid)
 
+    def register_by_node(self, cache: NodeCache) -> None:
+        """A cache whose objects are kept by node: a shrinker for each."""
+        for nid in range(len(self.nodes)):
+            self.register_shrinker(Share(cache, nid), nid=nid)
+
     def unregister_shrinker(self, shrinker: Shrinker) -> None:
         self.reclaim.unregister_shrinker(shrinker)
 
@@ -581,6 +586,11 @@ class Slab:
     def addr(self, i: int) -> int:
         """Byte offset of object `i` in the arena."""
         return i * self.size
+
+    @property
+    def span(self) -> int:
+        """Objects that each node has room for: object i lies on node i // span."""
+        return int(self.arena.words[W_SPAN]) * (PAGE_SIZE // self.size)
 
     @property
     def nr_objects(self) -> int:

@@ -4,8 +4,8 @@ A cache registers one. Counting and scanning are synchronous, never wait and nev
 take locks only by trying. A shrinker that would enter the filesystem returns 0 or SHRINK_STOP under
 NOFS.
 
-A cache that keeps its objects by node registers one shrinker for each node; a pass over a node asks
-those of that node and those that know no nodes. So what is deferred is deferred by node.
+A cache that keeps its objects by node registers one shrinker for each node, a `Share`; a pass over
+a node asks those of that node and those that know no nodes. What is deferred is deferred by node.
 
 The share is the kernel's formula. At priority p a cache of `freeable` objects is asked for
 delta = (freeable >> p) * 4 / seeks (half of it when seeks is 0), in batches; what is too little
@@ -38,6 +38,33 @@ class Shrinker(Protocol):
 
         SHRINK_STOP ends this pass; what it left is deferred (the usual answer under NOFS).
         """
+
+
+class NodeCache(Protocol):
+    """A cache whose objects are kept by node."""
+
+    name: str
+
+    def count_objects(self, nid: int) -> int:
+        """See `Shrinker`; of one node."""
+
+    def scan_objects(self, nr: int, gfp: int, nid: int) -> int:
+        """See `Shrinker`; on one node."""
+
+
+class Share:
+    """The objects of a cache that lie on one node, as a shrinker."""
+
+    def __init__(self, cache: NodeCache, nid: int) -> None:
+        self.name = cache.name
+        self._cache = cache
+        self._nid = nid
+
+    def count_objects(self) -> int:
+        return self._cache.count_objects(self._nid)
+
+    def scan_objects(self, nr: int, gfp: int) -> int:
+        return self._cache.scan_objects(nr, gfp, self._nid)
 
 
 class ShrinkerState:

@@ -6,7 +6,7 @@ directory that was removed can never be taken for those of a new one with its nu
 with inode number 0 is negative: the name is known not to exist. Entries pin nothing: they hold
 numbers, and whoever looks one up gets the inode from the inode cache.
 
-Invariants: every record is on one hash chain and on the LRU list; at most one per key.
+Invariants: every record is on one hash chain and on its node's LRU list; at most one per key.
 Coherence: entries are made under the directory's ILOCK (shared is enough) and changed or dropped
 by whoever changes the directory, before it gives its exclusive ILOCK back.
 
@@ -37,7 +37,7 @@ from alloc.placement import place
 from alloc.rows import TRIO
 from alloc.shrinker import SHRINK_STOP
 from fs.cache.lock import Mutex
-from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove
+from fs.cache.thread import bucket_of, chain_insert, chain_remove, list_append, list_remove, row_of
 from fs.xfs.danode import hash_bytes
 from fs.xfs.dirdata import same_name
 
@@ -84,9 +84,11 @@ I4_GEN, I4_HASH, I4_HASH_NEXT = _at("gen", 4), _at("hash", 4), _at("hash_next", 
 
 F_REFERENCED = 1
 
-# Words of the head array.
+# Words of the head array, of which each node has a row.
 H_LRU = 0  # two words: first and last
-H_COUNT, H_HITS, H_MISSES, H_WORDS = 2, 3, 4, 5
+H_COUNT = 2
+H_SPAN, H_HITS, H_MISSES = 3, 4, 5  # of the first row
+H_WORDS = 6
 RECLAIM_BATCH = 128
 PAGES_PER_BUCKET_PAGE = 2048  # of the arena: a bucket of 4 bytes for every 8 KiB
 
@@ -194,8 +196,9 @@ def _insert(mem, t, head, buckets, h, parent, gen, name, ino, ftype):
     key = _hash(parent, gen, name)
     t["hash"][h] = key
     chain_insert(t["hash_next"], buckets, bucket_of(buckets, key), h)
-    list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
-    head[H_COUNT] += 1
+    row = row_of(head, H_SPAN, H_WORDS, h)
+    list_append(t["lru_prev"], t["lru_next"], head, row + H_LRU, h)
+    head[row + H_COUNT] += 1
 
 
 @helper
@@ -232,26 +235,28 @@ def _remove(mem, t, head, buckets, parent, gen, name):
     h = _find(mem, t, head, buckets, parent, gen, name)
     if h != 0:
         _unhash(t, buckets, h)
-        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
-        head[H_COUNT] -= 1
+        row = row_of(head, H_SPAN, H_WORDS, h)
+        list_remove(t["lru_prev"], t["lru_next"], head, row + H_LRU, h)
+        head[row + H_COUNT] -= 1
     return h
 
 
-@kernel(_table_args(np.zeros(1, np.int64), 1))
-def _reclaim(mem, t, head, buckets, out, scan):
-    """Take up to out.size entries off the cold end; returns how many. Second chance."""
+@kernel(_table_args(np.zeros(1, np.int64), 1, 1))
+def _reclaim(mem, t, head, buckets, out, scan, node):
+    """Take up to out.size entries off a node's cold end; returns how many. Second chance."""
     n = 0
+    row = node * H_WORDS
     for _ in range(scan):
-        h = head[H_LRU]
+        h = head[row + H_LRU]
         if h == 0 or n == out.size:
             break
-        list_remove(t["lru_prev"], t["lru_next"], head, H_LRU, h)
+        list_remove(t["lru_prev"], t["lru_next"], head, row + H_LRU, h)
         if t["flags"][h] & F_REFERENCED:
             t["flags"][h] &= ~np.uint8(F_REFERENCED)
-            list_append(t["lru_prev"], t["lru_next"], head, H_LRU, h)
+            list_append(t["lru_prev"], t["lru_next"], head, row + H_LRU, h)
             continue
         _unhash(t, buckets, h)
-        head[H_COUNT] -= 1
+        head[row + H_COUNT] -= 1
         out[n] = h
         n += 1
     return n
@@ -265,7 +270,8 @@ class DentryCache:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._slab = arena.slab("dentry", DENTRY, reclaimable=True)
-        self._head = np.zeros(H_WORDS, np.int64)
+        self._head = np.zeros(H_WORDS * len(arena.nodes), np.int64)
+        self._head[H_SPAN] = self._slab.span
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
         self._state: tuple[Any, ...] = ()
         self.rename_lock = Mutex("rename")  # held while a directory moves to another directory
@@ -278,7 +284,7 @@ class DentryCache:
         raw = self._arena.mem[pfn * PAGE_SIZE : pfn * PAGE_SIZE + (PAGE_SIZE << order)]
         self.buckets = raw.view(np.uint32)
         self._state = (self._arena.mem, self._slab.table, self._head, self.buckets)
-        self._arena.register_shrinker(self)
+        self._arena.register_by_node(self)
 
     def lookup(self, dp: Inode, name: bytes) -> tuple[int, int] | None:
         """(ino, ftype) of a name, ino 0 if it is known not to exist; None if nothing is known."""
@@ -308,18 +314,21 @@ class DentryCache:
 
     # -- shrinker and figures -------------------------------------------------------------------
 
-    def count_objects(self) -> int:
-        return self._arena.vfs_count(int(self._head[H_COUNT]))
+    def count_objects(self, nid: int = 0) -> int:
+        return self._arena.vfs_count(int(self._head[nid * H_WORDS + H_COUNT]))
 
-    def scan_objects(self, nr: int, gfp_flags: int) -> int:
-        """Drop up to `nr` cold entries; never waits. Not for who is in the filesystem already."""
+    def scan_objects(self, nr: int, gfp_flags: int, nid: int = 0) -> int:
+        """Drop up to `nr` cold entries of a node; never waits.
+
+        Not for who is in the filesystem already.
+        """
         if gfp_flags & gfp.NOFS:
             return SHRINK_STOP
         freed, scanned = 0, 0
         while scanned < nr:
             batch = min(RECLAIM_BATCH, nr - scanned)
             out = self._found[:batch]
-            n = int(_reclaim(*self._state, out, batch))
+            n = int(_reclaim(*self._state, out, batch, nid))
             if n:
                 self._arena.rcu.defer_all(self._slab.free, out[:n].tolist(), SIZE)
                 self._arena.rcu.expedite()
@@ -330,7 +339,7 @@ class DentryCache:
         """Entries, hits and misses since the mount."""
         head = self._head
         return {
-            "entries": int(head[H_COUNT]),
+            "entries": int(head[H_COUNT::H_WORDS].sum()),
             "hits": int(head[H_HITS]),
             "misses": int(head[H_MISSES]),
         }

@@ -1,6 +1,6 @@
 """Eviction: how reclaim takes folios of files, node by node, from the cold end of the LRU.
 
-Each node has its part of the page cache, a shrinker of its own, so what one node is short of does
+Each node's folios have a shrinker of their own, so what one node is short of does
 not cost another its cache. A scan isolates a batch of folios; those that are clean, unlocked and
 unused leave their mapping, each with a shadow in its place. A dirty one is marked and activated, so
 that it is freed first once it is clean; a scan that met nothing else wakes the flusher. What a scan
@@ -22,28 +22,27 @@ if TYPE_CHECKING:
 SCAN_BATCH = 128  # folios that one look of reclaim takes
 
 
-class NodeFolios:
-    """The folios of one page cache that lie on one node."""
+class Eviction:
+    """Reclaim of the folios of one page cache."""
 
     name = "page_cache"
 
-    def __init__(self, pages: PageCache, nid: int) -> None:
+    def __init__(self, pages: PageCache) -> None:
         self._pages = pages
-        self.nid = nid
 
-    def count_objects(self) -> int:
+    def count_objects(self, nid: int) -> int:
         lru = self._pages.arena.lru
-        return lru.inactive_on(self.nid) + lru.active_on(self.nid)
+        return lru.inactive_on(nid) + lru.active_on(nid)
 
-    def scan_objects(self, nr: int, gfp_flags: int) -> int:
+    def scan_objects(self, nr: int, gfp_flags: int, nid: int) -> int:
         """Free clean folios from the cold end, about `nr` pages' worth of looking."""
         pages, lru = self._pages, self._pages.arena.lru
-        if lru.inactive_is_low(self.nid):
-            lru.age(min(nr, SCAN_BATCH), self.nid)
-        pfns = lru.isolate(min(nr, SCAN_BATCH), self.nid)
+        if lru.inactive_is_low(nid):
+            lru.age(min(nr, SCAN_BATCH), nid)
+        pfns = lru.isolate(min(nr, SCAN_BATCH), nid)
         if not pfns:
             return 0
-        throttle = pages.arena.reclaim.throttles[self.nid]
+        throttle = pages.arena.reclaim.throttles[nid]
         freed = unqueued = 0
         for pfn, verdict in zip(pfns, pages.evict_folios(pfns), strict=True):
             size = 1 << int(pages.pages.order[pfn])

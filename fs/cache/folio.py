@@ -27,7 +27,7 @@ from alloc.page import LOCKED, W_SPAN, WRITEBACK
 from alloc.throttle import WRITEBACK as THROTTLED
 from fs import writepages
 from fs.cache import blocks, gather, mapping, radix, readahead
-from fs.cache.evict import NodeFolios
+from fs.cache.evict import Eviction
 from fs.cache.inode import INODE, Inode
 from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
 from fs.cache.pin import Pins
@@ -95,7 +95,7 @@ class PageCache:
         self.ioends = IoendPool(arena, 1 << self.order_max)
         self.nodes = arena.slab("radix_tree_node", radix.NODE, reclaimable=True)
         self.shadows = ShadowNodes(self)
-        self.parts = [NodeFolios(self, nid) for nid in range(len(arena.nodes))]
+        self.eviction = Eviction(self)
         self.hint = np.zeros(4, np.int64)  # what copy kernels tell beside their result
         self.runs = np.zeros((2048, 2), np.int64)
         self._gang = np.zeros(256, np.int64)
@@ -117,8 +117,7 @@ class PageCache:
         """Take the memory that must be there before the first page is dirtied."""
         await self._refill(PATH_NODES)
         await self.ioends.pool.fill()
-        for part in self.parts:
-            self.arena.register_shrinker(part, nid=part.nid)
+        self.arena.register_by_node(self.eviction)
         for holder in (self.windows, self.pins, self.shadows):
             self.arena.victims.register(holder)
         self.arena.register_shrinker(self.shadows, seeks=0)

@@ -158,7 +158,8 @@ class InodeCache:
         self._stubs = Stubs(arena)
         self.table = self._slab.table
         self.fields = {name: self.table[name] for name in INODE.names or ()}
-        self._head = np.zeros(records.H_WORDS, np.int64)
+        self._head = np.zeros(records.H_WORDS * len(arena.nodes), np.int64)
+        self._head[records.H_SPAN] = self._slab.span
         self._loads: dict[int, trio.Event] = {}
         self._idle = np.zeros(RECLAIM_BATCH, np.int64)
         self.read_image: Callable[[Inode], Any]
@@ -169,7 +170,7 @@ class InodeCache:
         """Take the memory of the hash buckets."""
         self.buckets = await self._new_buckets()
         self._stubs.start(await self._new_buckets())
-        self._arena.register_shrinker(self)
+        self._arena.register_by_node(self)
 
     async def _new_buckets(self) -> np.ndarray[Any, np.dtype[np.uint32]]:
         pages = max(1, self._arena.nr_pages // 2048)
@@ -399,11 +400,11 @@ class InodeCache:
         self._images.free(int(self.fields["image"][handle]))
         self._slab.free(handle)
 
-    def count_objects(self) -> int:
-        return self._arena.vfs_count(int(self._head[records.H_IDLE]))
+    def count_objects(self, nid: int = 0) -> int:
+        return self._arena.vfs_count(int(self._head[nid * records.H_WORDS + records.H_IDLE]))
 
-    def scan_objects(self, nr: int, gfp_flags: int) -> int:
-        """Free idle clean inodes from the cold end, looking at up to `nr`; never waits.
+    def scan_objects(self, nr: int, gfp_flags: int, nid: int = 0) -> int:
+        """Free idle clean inodes from a node's cold end, looking at up to `nr`; never waits.
 
         Not for who is in the filesystem already: dropping an inode takes its locks and its folios.
         """
@@ -413,7 +414,7 @@ class InodeCache:
         while looked_at < nr:
             batch = min(RECLAIM_BATCH, nr - looked_at)
             out = self._idle[:batch]
-            n = records.reclaim(self.table, self._head, out, batch)
+            n = records.reclaim(self.table, self._head, out, batch, nid)
             freed += self._reclaim_claimed(out[:n].tolist())
             looked_at += batch
         return freed

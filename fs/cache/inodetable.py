@@ -1,7 +1,7 @@
 """The table of in-core inodes: hash chains, idle list, dirty list, and claiming a record.
 
 Kernels over the records of `fs/cache/incore.py`; the inode cache decides, these change. `head` has
-the ends and the lengths of the lists.
+the ends and the lengths of the lists, in a row for each node: the idle list is each node's own.
 
 Locking: called on the trio thread only, each call atomic between awaits. Lanes find records by
 RCU and use one only under a lock of it that they got by try. So a record is hashed with both its
@@ -30,10 +30,12 @@ from fs.cache.thread import (
     chain_remove,
     join_list,
     leave_list,
+    row_of,
 )
 
-H_LRU, H_DIRTY = 0, 2  # two words each: first and last
-H_COUNT, H_IDLE, H_DIRTY_COUNT, H_WORDS = 4, 5, 6, 7
+H_LRU, H_IDLE = 0, 2  # of each node: first and last (two words), how many
+H_SPAN, H_DIRTY, H_COUNT, H_DIRTY_COUNT = 3, 4, 6, 7  # of the first row; H_DIRTY: two words
+H_WORDS = 8
 
 
 def _table_args(*rest: Any) -> Callable[[], tuple[Any, ...]]:
@@ -126,12 +128,14 @@ def collect(t, head, buckets, out):
 
 @kernel(_table_args(1))
 def lru_add(t, head, h):
-    join_list(t["state"], S_LRU, t["lru_prev"], t["lru_next"], head, H_LRU, H_IDLE, h)
+    row, links = row_of(head, H_SPAN, H_WORDS, h), (t["lru_prev"], t["lru_next"])
+    join_list(t["state"], S_LRU, *links, head, row + H_LRU, row + H_IDLE, h)
 
 
 @kernel(_table_args(1))
 def lru_remove(t, head, h):
-    leave_list(t["state"], S_LRU, t["lru_prev"], t["lru_next"], head, H_LRU, H_IDLE, h)
+    row, links = row_of(head, H_SPAN, H_WORDS, h), (t["lru_prev"], t["lru_next"])
+    leave_list(t["state"], S_LRU, *links, head, row + H_LRU, row + H_IDLE, h)
 
 
 @helper
@@ -149,12 +153,13 @@ def _idle(t, h):
     return True
 
 
-@kernel(_table_args(np.zeros(1, np.int64), 1))
-def reclaim(t, head, out, scan):
-    """Claim up to out.size idle inodes off the cold end; returns how many. Second chance."""
+@kernel(_table_args(np.zeros(1, np.int64), 1, 1))
+def reclaim(t, head, out, scan, node):
+    """Claim up to out.size idle inodes off a node's cold end; returns how many. Second chance."""
     n = 0
-    for _ in range(min(scan, head[H_IDLE])):
-        h = head[H_LRU]
+    row = node * H_WORDS
+    for _ in range(min(scan, head[row + H_IDLE])):
+        h = head[row + H_LRU]
         if n == out.size:
             break
         lru_remove(t, head, h)

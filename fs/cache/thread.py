@@ -55,6 +55,17 @@ def chain_remove(nexts, buckets, slot, h):
 
 
 @helper
+def row_of(head, span, words, h):
+    """Where the row of record h's node begins in a head array with a row of `words` for each.
+
+    head[span]: records that a node has room for (Slab.span).
+    """
+    if h < head[span]:
+        return np.int64(0)
+    return h // head[span] * words
+
+
+@helper
 def list_append(prevs, nexts, head, ends, h):
     """Put record h at the end of the list whose first and last are head[ends], head[ends + 1]."""
     last = head[ends + 1]

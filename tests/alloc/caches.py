@@ -27,20 +27,6 @@ async def kswapd(arena: Arena) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
-class Part:
-    """The shrinker of a cache's folios on one node."""
-
-    def __init__(self, cache: FolioCache, nid: int) -> None:
-        self.cache, self.nid, self.name = cache, nid, cache.name
-
-    def count_objects(self) -> int:
-        node_of = self.cache.arena.node_of
-        return sum(node_of(pfn) == self.nid for pfn in self.cache.folios)
-
-    def scan_objects(self, nr: int, gfp: int) -> int:
-        return self.cache.scan_objects(nr, gfp, self.nid)
-
-
 class FolioCache:
     """Holds folios until the shrinker takes clean ones away; behaves as the page cache does."""
 
@@ -51,8 +37,7 @@ class FolioCache:
         self.needs_fs = needs_fs
         self.folios: dict[int, bool] = {}  # pfn: dirty
         self.scans: list[int] = []
-        for nid in range(len(arena.nodes)):
-            arena.register_shrinker(Part(self, nid), nid=nid)
+        arena.register_by_node(self)
 
     def fill(self, dirty: bool = False, order: int = 0) -> int:
         """Take every folio that an ordinary request can have; how many."""
@@ -78,6 +63,9 @@ class FolioCache:
         for pfn in list(self.folios):
             del self.folios[pfn]
             self.arena.put_folio(pfn)
+
+    def count_objects(self, nid: int) -> int:
+        return sum(self.arena.node_of(pfn) == nid for pfn in self.folios)
 
     def scan_objects(self, nr: int, gfp: int, nid: int) -> int:
         if self.needs_fs and gfp & NOFS:

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import trio.testing
 
-from alloc import mempolicy
+from alloc import gfp, mempolicy
 from alloc.topology import topology
-from fs import file
-from fs.cache.inode import Inode
+from fs import file, namespace
+from fs.cache.inode import INODE, Inode
 from fs.front.lanestate import M_HOME
 from fs.volume import Volume
 from tests import support
+from tests.fs.dirimages import using
 from tests.fs.imagefiles import a_file, opened
 from tests.fs.lanes import a_desk
 from tests.fs.test_file import contents, drop_caches
@@ -97,4 +98,33 @@ async def test_more_than_fits(
             assert await file.read(vol, ip, k * MIB + 5000, 100) == bytes([k]) * 100
         await drop_caches(vol)
         vol.arena.check()
+    support.assert_clean(image)
+
+
+async def test_names_and_inodes_are_given_back_by_node(scratch: Path) -> None:
+    image = support.mkfs(scratch)
+    async with opened(image, 64 * MIB, nodes=TWO) as vol, using(vol) as root:
+        arena = vol.arena
+        for k in range(60):
+            arena.set_mempolicy(mempolicy.policy("bind", [k // 30]))
+            ip = await namespace.create(vol, root, b"file%d" % k, 0o644, 0, 0)
+            assert arena.node_of(ip.handle * INODE.itemsize >> 12) == k // 30
+            vol.inodes.put(ip)
+        arena.set_mempolicy(mempolicy.NONE)
+        await vol.flusher.sync()
+        await vol.flush_metadata()
+
+        def counts(name: str) -> list[int]:
+            known = [s for s in arena.reclaim.shrinkers if s.shrinker.name == name]
+            assert [state.nid for state in known] == [0, 1]
+            return [state.shrinker.count_objects() for state in known]
+
+        before = counts("dentry"), counts("xfs_inode")
+        assert all(min(parts) >= 30 for parts in before)
+        for _ in range(3):
+            arena.reclaim.shrink_all(0, gfp.KERNEL, "direct", 1 << 20, (1,), common=False)
+        assert counts("dentry") == [before[0][0], 0]
+        assert counts("xfs_inode") == [before[1][0], 0]
+        for k in range(60):
+            vol.inodes.put(await namespace.lookup(vol, root, b"file%d" % k))
     support.assert_clean(image)

@@ -28,7 +28,7 @@ async def test_a_dirty_folio_is_marked_and_freed_first_once_it_is_clean(scratch:
         pfn = vol.pages.find(ip.handle, 0)
         woken = []
         vol.flusher.clean_some = lambda: woken.append(True)  # type: ignore[method-assign]
-        assert vol.pages.parts[0].scan_objects(1, gfp.KERNEL) == 0
+        assert vol.pages.eviction.scan_objects(1, gfp.KERNEL, 0) == 0
         assert flags[pfn] & (DIRTY | WRITEBACK | RECLAIM | ACTIVE) == DIRTY | RECLAIM | ACTIVE
         assert vol.arena.vmstat[IMMEDIATE] > 0
         assert woken
