@@ -12,7 +12,7 @@ everything. That is over when anybody's pass frees something, or an I/O ends (`k
 request that may not reclaim on its own behalf still wakes it: nobody else would look for it.
 
 Caches that know no nodes free memory anywhere. They are asked while memory is short on all nodes
-together, or somebody waits: one node that is full of what stays must not cost everybody names.
+together, or somebody waits: one node that is full of what stays must not cost all their buffers.
 
 Trio thread only; reads the free count and the marks without a lock.
 """

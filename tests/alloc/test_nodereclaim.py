@@ -167,6 +167,22 @@ async def test_a_waiter_is_nothing_to_nodes_that_can_not_serve_it(
         arena.put_folio(pfn)
 
 
+async def test_a_waiter_is_something_to_a_node_that_has_enough_in_pieces(
+    arena: Arena, cache: FolioCache, autojump_clock: object
+) -> None:
+    fill(arena, cache, 2, W_MIN)
+    for pfn in sorted(cache.folios)[::2]:
+        del cache.folios[pfn]
+        arena.put_folio(pfn)
+    arena.drain_all()
+    assert arena.nodes[2][W_FREE] > arena.nodes[2][W_HIGH]
+    async with kswapd(arena):
+        pfn = await arena.alloc_folio(7, KERNEL, parse("bind:2", 3))
+        await trio.testing.wait_all_tasks_blocked()
+        assert arena.vmstat["pageoutrun"] == 1
+    arena.put_folio(pfn)
+
+
 # -- direct reclaim ------------------------------------------------------------------------------
 
 
