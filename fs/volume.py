@@ -102,6 +102,7 @@ class Volume:
         self.dentries = DentryCache(self.arena)
         self.pages = PageCache(self)
         self.flusher = Flusher(self.arena, self.pages, self.pages.dirty, log)
+        self.flusher.avg_bandwidth = lambda: self.pages.throttle.bandwidth.avg
         words = self.arena.mem.view(np.uint32)
         self.iolocks = LockTable("iolock", words, INODE_WORDS, I4_IOLOCK, self._ino_of)
         self.ilocks = LockTable("ilock", words, INODE_WORDS, I4_ILOCK, self._ino_of)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import trio
@@ -27,9 +28,19 @@ from writeback.mapping import INODE_DIRTY, LISTED, Mappings
 
 PERIOD_S = 5.0  # dirty_writeback_centisecs; 0: only when somebody wakes it
 EXPIRE_S = 30.0  # dirty_expire_centisecs
-CHUNK_PAGES = 1024  # 4 MiB of one mapping, then another gets its turn
+CHUNK_PAGES = 1024  # 4 MiB of one mapping at least, then another gets its turn
+CHUNK_SCOPE = 8  # and no more than this part of the limit
 MAPPINGS_AT_ONCE = 4  # while blocks are looked up for one, the device has others' data
 ALL_PAGES = 1 << 60  # a budget that is none, and the last page index of any mapping
+
+
+def chunk_pages(avg_bandwidth: int, limit: int) -> int:
+    """Pages of one mapping in a row: what the device writes in half a second, in 4 MiB.
+
+    The kernel's formula and rounding; bandwidth in pages a second.
+    """
+    pages = min(avg_bandwidth // 2, limit // CHUNK_SCOPE)
+    return (pages + CHUNK_PAGES) // CHUNK_PAGES * CHUNK_PAGES
 
 
 class Memory(Protocol):
@@ -59,6 +70,7 @@ class Flusher:
         self._reclaim_waits = False
         self._cleaning: set[int] = set()  # mappings of which a chunk is being written
         self._wakeup = trio.Event()
+        self.avg_bandwidth: Callable[[], int] = lambda: 0  # of the device, in pages a second
         self.nr_listed = 0
         self.rounds = 0
         self.period_s = PERIOD_S
@@ -174,7 +186,8 @@ class Flusher:
                 continue
             self._cleaning.add(handle)
             try:
-                if await self.clean(handle, budget=CHUNK_PAGES):
+                budget = chunk_pages(self.avg_bandwidth(), self._dirty.limit)
+                if await self.clean(handle, budget=budget):
                     return True
             finally:
                 self._cleaning.remove(handle)

@@ -28,6 +28,7 @@ import pyfuse3
 
 from alloc.shrinker import NO_NODE
 from alloc.vmstat import meminfo_text, vmstat_text
+from fs.cache.folios import folios_text
 from fs.front import handles, sysctl
 from fs.front.attrs import CACHE_SECONDS, PAGE_SIZE
 from fs.xfs import dir as directory
@@ -94,6 +95,7 @@ def reports(vol: Volume) -> dict[str, Callable[[], str]]:
         "slabinfo": arena.slabinfo,
         "shrinkers": lambda: shrinkers(vol),
         "waiters": lambda: waiters(vol),
+        "folios": lambda: folios_text(arena.pages, vol.pages.order_max),
         "writeback": lambda: stats_text(vol.pages.throttle, vol.flusher),
         "pressure/memory": arena.pressure.text,
     }

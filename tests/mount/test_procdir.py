@@ -23,6 +23,7 @@ from tools.targets import scratch_dir
 REPORTS = (
     *("meminfo", "vmstat", "buddyinfo", "pagetypeinfo", "zoneinfo", "slabinfo", "shrinkers"),
     "writeback",
+    "folios",
 )
 NOBODY = 65534
 
@@ -117,6 +118,24 @@ def test_counts_follow_what_happens(root: Path, proc: Path) -> None:
     assert after["pgalloc_normal"] >= before["pgalloc_normal"] + 200
     assert numbers(proc / "meminfo")["Cached"] >= 1024
     os.unlink(root / "more")
+
+
+def test_folios_by_order(root: Path, proc: Path) -> None:
+    """What a file of a known size is cached in, against what meminfo says of all."""
+    (root / "folios").write_bytes(b"x" * (3 << 20))
+    with (root / "folios").open("rb") as file:
+        assert len(file.read()) == 3 << 20
+    head, *lines = (proc / "folios").read_text().splitlines()
+    assert head.split()[:4] == ["#", "order", "size", "folios"]
+    rows = [[int(word) for word in line.replace("kB", "").split()] for line in lines]
+    assert [row[0] for row in rows] == list(range(len(rows)))
+    for order, size, count, cached, active, dirty, busy in rows:
+        assert (size, cached) == (4 << order, count * size)
+        assert max(active, dirty, busy) <= count
+    cached = int(re.search(r"^Cached: *(\d+) kB", (proc / "meminfo").read_text(), re.M)[1])
+    assert 3072 <= sum(row[3] for row in rows) == cached
+    assert any(row[2] for row in rows[4:]), "a write of 1 MiB asks for large folios"
+    (root / "folios").unlink()
 
 
 def test_reads_by_offset_are_of_one_moment(root: Path, proc: Path) -> None:

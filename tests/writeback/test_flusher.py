@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import trio
 import trio.testing
 
 from alloc import gfp
 from tests.writeback import counts
 from writeback.dirty import Dirty
-from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher
+from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher, chunk_pages
 from writeback.mapping import INODE_DIRTY, LISTED, STATE
 from writeback.throttle import Throttle
 
@@ -44,6 +45,7 @@ class FakeMappings:
         self.seconds = 0.01
         self.log: list[tuple[float, int, int, bool]] = []  # when, handle, pages, integrity
         self.objects: list[int] = []
+        self.busy: set[int] = set()
         self.fail = False
         self.while_writing: Callable[[int], None] = lambda handle: None
         self.memory = FakeMemory()
@@ -91,7 +93,12 @@ class FakeMappings:
         counts.start_writeback(self.dirty, pages)
         self.log.append((trio.current_time(), handle, pages, integrity))
         self.while_writing(handle)
+        if not integrity:
+            assert handle not in self.busy, "its blocks would be chosen out of order"
+            self.busy.add(handle)
         await trio.sleep(self.seconds)
+        if not integrity:
+            self.busy.remove(handle)
         counts.end_writeback(self.dirty, pages)
         self.throttle.completed()
         return pages
@@ -152,6 +159,23 @@ async def test_a_large_mapping_shares_the_flusher(
         await trio.sleep(1)
         assert m.order[:3] == [1, 2, 1]
         assert all(pages <= CHUNK_PAGES for _, _, pages, _ in m.log)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "limit", "pages"),
+    [(0, 0, 1024), (25600, 8191, 1024), (25600, 8192, 2048), (5120, 1 << 20, 3072)],
+)
+def test_chunks(bandwidth: int, limit: int, pages: int) -> None:
+    """Half a second's writing, an eighth of the limit at most, rounded as the kernel rounds."""
+    assert chunk_pages(bandwidth, limit) == pages
+
+
+async def test_chunks_follow_the_bandwidth(autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as m:
+        m.flusher.avg_bandwidth = lambda: 4096
+        m.make_dirty(1, 20 * CHUNK_PAGES)
+        await trio.sleep(1)
+        assert m.log[0][2] == chunk_pages(4096, m.dirty.limit) == 3 * CHUNK_PAGES
 
 
 async def test_reclaim_gets_a_chunk_below_every_threshold(

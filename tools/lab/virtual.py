@@ -259,7 +259,8 @@ class _Run:
                 self._say_at = time.monotonic() + SAY_S
                 so_far = f"{self.hour.seconds:,.0f} s, {waits(self.hour.vmstat)}"
                 self.bar.say(f"virtual clock: {so_far}")
-            self.bar.advance(min(int(CHECK_S), self.bar.total - self.bar.done))
+            if self._began:
+                self.bar.advance(min(int(CHECK_S), self.bar.total - self.bar.done))
 
 
 def _run(work: _Run, disk: Disk, cut: Cut) -> None:
