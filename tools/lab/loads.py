@@ -259,16 +259,20 @@ async def flood(work: Counted, number: int, sizes: Sizes) -> None:
 async def unlink_open(work: Counted, name: str, seed: int, length: int) -> None:
     """A file that lost its name keeps its content for who has it open."""
     file = await work.do("open", work.files.open(name))
-    await work.do("unlink", work.files.unlink(name))
     if file is None:
+        await work.do("unlink", work.files.unlink(name))
         return
-    found = await work.read(file, 0, length)
-    if found is not None:
+    try:
+        await work.do("unlink", work.files.unlink(name))
+        found = await work.read(file, 0, length)
+        if found is None:
+            return
         if wrong := pattern.difference(found, seed, 0, length):
             work.note_wrong(f"{name}, unlinked: {wrong}")
         else:
             work.tally.verified += length
-    await work.files.close(file)
+    finally:
+        await work.files.close(file)
 
 
 Load = Callable[[Counted, int, Sizes], Awaitable[None]]
