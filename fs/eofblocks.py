@@ -94,7 +94,8 @@ class EofBlocks:
                 wanted >>= 2  # it can be done without
                 continue
             tp.blocks += wanted
-            self._open[ip.handle] = None
+            if self._writers[ip.handle]:  # who keeps the inode, and so its handle
+                self._open[ip.handle] = None
             break
         return max(wanted, 0)
 

@@ -125,8 +125,8 @@ async def test_two_that_grow_side_by_side(scratch: Path) -> None:
                 found += [await extents(vol, a), await extents(vol, b)]
                 for ip in (a, b) if writes else ():
                     vol.eofblocks.closed(ip)
-        assert max(found[:2]) <= 8, found
-        assert min(found[2:]) >= 30, found
+        assert max(found[:2]) <= 10, found
+        assert min(found[2:]) >= 20, found
     support.assert_clean(image)
 
 
@@ -140,6 +140,7 @@ async def test_what_is_dirty_behind_comes_along(scratch: Path) -> None:
             await file.fsync(vol, b)
             await file.fsync(vol, a)
             assert await extents(vol, a) == 1
+            assert not vol.eofblocks._open, "a handle that nobody keeps may become another file's"
             assert bytes(await file.read(vol, a, 0, 4 * MIB)) == b"a" * 4 * MIB
         assert vol.space.delalloc == 0
 
