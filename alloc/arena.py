@@ -83,6 +83,7 @@ from alloc.topology import ONE, Topology, span_pages
 from alloc.victim import Victims
 from alloc.vmalloc import Vmalloc, map_memory
 from alloc.vmstat import VmStat, meminfo
+from alloc.wait import WHO
 from alloc.watermarks import KB_PER_PAGE, SCALE_FACTOR, Watermarks, share, watermarks
 from alloc.zoneinfo import buddyinfo, extfrag, pagetypeinfo, zoneinfo
 
@@ -209,6 +210,40 @@ class Arena:
         if gfp & ZERO:
             zero(self.mem, pfn << PAGE_SHIFT, PAGE_SIZE << order)
         return pfn
+
+    async def alloc_pages(self, nr: int, gfp: int = KERNEL) -> list[int]:
+        """So many folios of a page, wherever they lie; while they are not all there it has none."""
+        gfp |= current_scope()
+        assert gfp & (FAILABLE | ZERO) == 0, "pages that are there, content undefined"
+        if self._injector is not None:
+            self._injector.look("order:0", 0, gfp)
+        if lockdep.current is not None:
+            lockdep.current.allocates(gfp)
+        placed = self._place() if self._several else 0
+        got: list[int] = []
+
+        def undo(_: int) -> None:
+            for pfn in got:  # as free as before: nobody is to be told
+                pcp.put_block(*self.buddy, rows.TRIO, pfn)
+            got.clear()
+
+        def attempt(rights: int) -> int:
+            kept = self.marks.min if rights & WHO == buddy.RIGHTS_MIN else 0
+            while len(got) < nr and self.free_pages - (nr - len(got)) >= kept:
+                pfn = self._take_folio(0, rights | _type(gfp))
+                if not pfn:
+                    break
+                got.append(pfn)
+            if len(got) < nr:
+                undo(0)
+            return len(got)
+
+        rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
+        if not attempt(rights | placed):
+            await self.slow.wait(
+                Request(f"pages:{nr}", "pages", nr, 0, gfp, attempt, undo, placed)
+            )
+        return got
 
     def try_alloc_folio(
         self, order: int, gfp: int, policy: int = mempolicy.NONE, offset: int = -1

@@ -9,7 +9,7 @@ Invariants: a page that an area shows is allocated, with one reference, the area
 nothing is mapped without access, so a use after free ends the program. There are no more areas
 than the kernel allows mappings for (half of max_map_count); who finds none waits for a block.
 
-Trio thread only; the page requests are the only awaits.
+Trio thread only; the request for all its pages is the only await.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ class Vmalloc:
         first = self._arena.nr_pages + area * AREA_PAGES
         shown: list[int] = []
         try:
-            while len(shown) < nr_pages:
-                shown.append(await self._arena.alloc_folio(0, gfp))
+            shown = await self._arena.alloc_pages(nr_pages, gfp)
             for number, pfn in enumerate(shown):
                 self._show(first + number, pfn)
         except BaseException:

@@ -91,6 +91,33 @@ async def test_waiting_for_pages(
     arena.vmalloc.free(arena.nr_pages)
 
 
+async def test_all_pages_or_none(arena: Arena, autojump_clock: trio.testing.MockClock) -> None:
+    """Two that wait for as many as there are: each has none until it has all, so one gets them."""
+    held = await take_all(arena)
+    areas: list[int] = []
+
+    async def one() -> None:
+        areas.append(await arena.vmalloc.alloc(AREA_PAGES))
+
+    for _ in range(AREA_PAGES - 1):
+        arena.put_folio(held.pop())
+    free = arena.free_pages
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(one)
+        await trio.sleep(1)
+        assert (areas, arena.free_pages, len(arena.waiters())) == ([], free, 2)
+        arena.put_folio(held.pop())
+        await trio.sleep(1)
+        assert (len(areas), arena.free_pages) == (1, free + 1 - AREA_PAGES)
+        arena.vmalloc.free(areas[0])
+        await trio.sleep(1)
+        assert len(areas) == 2
+    arena.vmalloc.free(areas[1])
+    for pfn in held:
+        arena.put_folio(pfn)
+
+
 async def test_without_areas_a_block(arena: Arena) -> None:
     """When the window is full it has to be a block, of the order that holds so many pages."""
     arena.vmalloc._free.clear()
