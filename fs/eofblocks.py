@@ -23,6 +23,7 @@ import trio
 
 from fs import enomem
 from fs.cache.inode import Inode
+from fs.cache.lock import Mutex
 from fs.xfs import bmap
 from fs.xfs import layout as L
 
@@ -63,6 +64,7 @@ class EofBlocks:
         self._writers = vol.inodes.fields["writers"]  # open files that write, by inode
         self._closed: deque[Inode] = deque()  # held
         self._open: dict[int, None] = {}  # handles of inodes that may have speculative blocks
+        self._draining = Mutex("eofblocks")
         self._wake = trio.Event()
 
     # -- who has a file open --------------------------------------------------------------------
@@ -133,15 +135,16 @@ class EofBlocks:
             await self.drain()
 
     async def drain(self) -> None:
-        """Free what files have whose last writer has closed them."""
-        while self._closed:
-            ip = self._closed.popleft()
-            try:
-                async with self._vol.iolock(ip):
-                    if not self._writers[ip.handle]:
-                        await self._free(ip)
-            finally:
-                self._vol.inodes.put(ip)
+        """Free what files have whose last writer has closed them; also what the task is at."""
+        async with self._draining:
+            while self._closed:
+                ip = self._closed.popleft()
+                try:
+                    async with self._vol.iolock(ip):
+                        if not self._writers[ip.handle]:
+                            await self._free(ip)
+                finally:
+                    self._vol.inodes.put(ip)
 
     async def squeeze(self) -> bool:
         """Space has run out: free what nobody is busy with; whether there was any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ PLENTY = 10_000_000
 def test_how_many(piece: int, free: int, wanted: int) -> None:
     """XFS's rule, worked out by hand."""
     assert speculative(piece, 5000, free, 100_000, 16) == wanted
+
+
+def drop_caches(vol: Volume) -> None:
+    """Have what is freed be read from the device first."""
+    while vol.arena.reclaim.shrink_all(0, 0, "direct", 1 << 30):
+        pass
 
 
 async def past_end(vol: Volume, ip: Inode) -> int:
@@ -221,6 +228,22 @@ def nr_extents(path: Path) -> int:
     """Of a file of the kernel's."""
     told = subprocess.run(["xfs_bmap", path], capture_output=True, text=True, check=True)
     return len(told.stdout.splitlines()) - 1
+
+
+@pytest.mark.parametrize("files", range(1, 9))
+async def test_unmounted_while_blocks_are_freed(files: int, scratch: Path) -> None:
+    """The end of the mount waits for the task, which has begun."""
+    image = support.mkfs(scratch)
+    async with opened(image) as vol, AsyncExitStack() as stack:
+        grown = [await stack.enter_async_context(a_file(vol, b"%d" % n)) for n in range(files)]
+        for ip in grown:
+            vol.eofblocks.opened(ip)
+        for step in range(1, 9):
+            for ip in grown:
+                await grow(vol, ip, step * 256 * KIB)
+        for ip in grown:
+            vol.eofblocks.closed(ip)
+    support.assert_clean(image)
 
 
 @support.needs_root
