@@ -135,12 +135,18 @@ class Throttle:
             self._paid(handle, writer, 0, self._next_pages)
             if len(self._writers) >= WRITERS_MOST:
                 oldest = next(iter(self._writers))
-                self._leaks += self._nr_dirtied(oldest, self._writers.pop(oldest))
+                self.forget(oldest)
                 self._credit[oldest] = 0
         elif writer.paused_when < self._free_at:
             self._paid(handle, writer, self._free_at, writer.nr_dirtied_pause)
         self._writers[handle] = writer
         return writer
+
+    def forget(self, handle: int) -> None:
+        """The object's record goes: what it owes is the next one's, and nothing is kept in it."""
+        writer = self._writers.pop(handle, None)
+        if writer is not None:
+            self._leaks += self._nr_dirtied(handle, writer)
 
     def _nr_dirtied(self, handle: int, writer: Writer) -> int:
         """Pages that a writer has not paid for."""

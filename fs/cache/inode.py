@@ -164,6 +164,7 @@ class InodeCache:
         self._idle = np.zeros(RECLAIM_BATCH, np.int64)
         self.read_image: Callable[[Inode], Any]
         self.evict: Callable[[int], None] = lambda handle: None
+        self.freeing: Callable[[int], None] = lambda handle: None  # whoever knows it by number
         self.start_inactivation: Callable[[Inode], None]
 
     async def start(self) -> None:
@@ -397,6 +398,7 @@ class InodeCache:
         self._arena.rcu.defer(self._free, handle, self._bytes)
 
     def _free(self, handle: int) -> None:
+        self.freeing(handle)
         self._images.free(int(self.fields["image"][handle]))
         self._slab.free(handle)
 

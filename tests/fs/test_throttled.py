@@ -8,12 +8,12 @@ import pytest
 import trio
 import trio.testing
 
-from fs import file
+from fs import file, namespace
 from fs.device.model import Model
 from fs.device.modeled import Modeled
 from fs.volume import Volume
 from tests import support
-from tests.fs.imagefiles import SlowImage, a_file
+from tests.fs.imagefiles import SlowImage, a_file, opened
 
 MB = 1_000_000
 WRITERS, SIZE = 8, 16384
@@ -80,3 +80,26 @@ async def test_writers_share_what_the_device_sustains(
             nursery.cancel_scope.cancel()
         device.model.bw = 0
     image.close()
+
+
+@pytest.mark.parametrize("how", ["evicted", "unlinked"])
+async def test_a_writer_goes_with_its_inode(how: str, scratch: Path) -> None:
+    """Its record is somebody else's memory afterwards: what writers owe is kept in records."""
+    async with opened(support.mkfs(scratch)) as vol:
+        root = await vol.inodes.get(vol.geo.root_ino)
+        handles = []
+        for n in range(64):
+            ip = await namespace.create(vol, root, b"%d" % n, 0o644, 0, 0)
+            vol.pages.throttle._writer(ip.handle)
+            handles.append(ip.handle)
+            vol.inodes.put(ip)
+        assert set(handles) <= vol.pages.throttle._writers.keys()
+        for n in range(64 if how == "unlinked" else 0):
+            await namespace.unlink(vol, root, b"%d" % n)
+        vol.inodes.put(root)
+        await vol.drain_inactive()
+        await vol.flush_metadata()
+        while vol.arena.reclaim.shrink_all(0, 0, "direct", 1 << 30):
+            pass
+        vol.arena.rcu.expedite()
+        assert not vol.pages.throttle._writers.keys() & set(handles)
