@@ -73,7 +73,7 @@ class Vmalloc:
         self._arena = arena
         self._base = arena.mem.ctypes.data
         self._areas: dict[int, list[int]] = {}  # first page: what it shows
-        self.nr_areas = nr_areas(arena.nr_pages)
+        self.nr_areas = (arena.mem.size - arena.memory_bytes) // (AREA_PAGES * PAGE_SIZE)
         self._free = list(range(self.nr_areas - 1, -1, -1))
         self.nr_pages = 0  # shown
         self._hide(arena.nr_pages, self.nr_areas * AREA_PAGES)

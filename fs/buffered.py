@@ -61,8 +61,8 @@ async def _make_ready(vol: Volume, ip: Inode, pos: int, end: int) -> int:
                     raise
                 if not flushed:  # writing out gives back what the worst case did not need
                     flushed = True
-                    await vol.eofblocks.squeeze()
                     await vol.flusher.sync()
+                    await vol.eofblocks.squeeze()  # last, for write-back may take some
                 elif end - pos > vol.geo.block_size:
                     end = pos + (end - pos) // 2
                 else:

@@ -70,18 +70,22 @@ def chosen(names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     return {name: SECTIONS[name] for name in names or SECTIONS}
 
 
+def figures(report: Path) -> dict[str, float]:
+    """The lines of a report by name. OSError."""
+    words = (line.replace(":", " ").split() for line in report.read_text().splitlines())
+    return {name: float(value) for name, value, *_ in words}
+
+
 def read(root: Path, columns: Sequence[Column]) -> Figures:
     """The figures of these columns. Raises UserError where there are no reports."""
     found: Figures = {}
     for file in {column.file for column in columns}:
         try:
-            text = (root / ".nofail" / file).read_text()
+            lines = figures(root / ".nofail" / file)
         except OSError as error:
             reason = f"{root}/.nofail/{file}: {error.strerror}; is it mounted?"
             raise UserError(reason, 1) from error
-        for line in text.splitlines():
-            name, value, *_ = line.replace(":", " ").split()
-            found[file, name] = float(value)
+        found |= {(file, name): value for name, value in lines.items()}
     return found
 
 

@@ -12,8 +12,9 @@ What a writer dirtied and did not pay for when it is forgotten (the table is sma
 wrote longest ago leaves it) goes to the next one, so that many small files are held back as one
 large one is.
 
-Invariant: busy pages <= limit + what each writer dirties in one step. Trio thread only, by trio's
-clock, in whole milliseconds. Formulas and constants are the kernel's (mm/page-writeback.c).
+Invariants: busy pages <= limit + what each writer dirties in one step; a writer is forgotten before
+the record of its mapping is anybody else's memory. Trio thread only, by trio's clock, in whole
+milliseconds. Formulas and constants are the kernel's (mm/page-writeback.c).
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fs.device.base import Device, Views
+from fs.device.settings import number, settings
 
 SECTOR = 512
 OFFSET_MOST = (1 << 63) - 1
 SHARE = re.compile(r"0|1|0?\.\d+|1\.0+", re.ASCII)
-NUMBER = re.compile(r"\d+", re.ASCII)
 SHARES = ("read", "write", "torn", "flush")
 HELP = "read=P,write=P,torn=P,flush=P,seed=N,first=BYTE,last=BYTE (each P from 0 to 1)"
 
@@ -43,15 +43,16 @@ class Faults:
 
 def parse(text: str) -> Faults:
     """The faults that an option describes. Raises ValueError for what are none."""
-    found: dict[str, float | int] = {}
-    for word in text.split(","):
-        name, _, value = word.partition("=")
-        share = name in SHARES
-        known = share or name in ("seed", "first", "last")
-        if name in found or not known or not (SHARE if share else NUMBER).fullmatch(value):
-            raise ValueError(f"faults={text}: '{word}' is none of {HELP}, each once")
-        found[name] = float(value) if share else int(value)
-    return Faults(**found)  # type: ignore[arg-type]
+    return Faults(**settings(text, READERS, "faults", HELP))
+
+
+def _share(text: str) -> float:
+    if not SHARE.fullmatch(text):
+        raise ValueError(f"'{text}' is not from 0 to 1")
+    return float(text)
+
+
+READERS = dict.fromkeys(SHARES, _share) | dict.fromkeys(("seed", "first", "last"), number)
 
 
 class Faulty:

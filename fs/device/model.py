@@ -16,6 +16,8 @@ import random
 import re
 from dataclasses import dataclass, field
 
+from fs.device.settings import number, settings
+
 BURST_S = 0.005  # of idle time that is made up for
 SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.ASCII)
 TIME = re.compile(r"(\d+)(us|ms|s)", re.ASCII)
@@ -48,12 +50,7 @@ class Model:
 
 def parse(text: str) -> Model:
     """The model that an option describes. Raises ValueError for what is none."""
-    figures: dict[str, int] = {}
-    for word in text.split(","):
-        name, _, value = word.partition("=")
-        if name in figures or name not in READERS:
-            raise ValueError(f"device={text}: '{word}' is none of {HELP}, each once")
-        figures[name] = READERS[name](value)
+    figures = settings(text, READERS, "device", HELP)
     names = {"lat": "lat_us", "jitter": "jitter_us"}
     return Model(**{names.get(name, name): value for name, value in figures.items()})
 
@@ -61,21 +58,15 @@ def parse(text: str) -> Model:
 def _size(text: str) -> int:
     found = SIZE.fullmatch(text.lower())
     if found is None:
-        raise ValueError(f"device: '{text}' is not a size")
+        raise ValueError(f"'{text}' is not a size")
     return int(found[1]) << SHIFTS[found[2]]
 
 
 def _time(text: str) -> int:
     found = TIME.fullmatch(text)
     if found is None:
-        raise ValueError(f"device: '{text}' is not a time; write it as 500us, 2ms or 1s")
+        raise ValueError(f"'{text}' is not a time; write it as 500us, 2ms or 1s")
     return int(found[1]) * MICROSECONDS[found[2]]
 
 
-def _number(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"device: '{text}' is not a number")
-    return int(text)
-
-
-READERS = {"bw": _size, "iops": _number, "lat": _time, "jitter": _time, "seed": _number}
+READERS = {"bw": _size, "iops": number, "lat": _time, "jitter": _time, "seed": number}

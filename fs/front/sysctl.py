@@ -288,7 +288,7 @@ def _device(vol: Volume) -> dict[str, Tunable]:
         def change(value: int) -> None:
             setattr(of, field, value / unit if unit > 1 else value)
 
-        return Tunable(lambda: int(getattr(of, field) * unit), change, 0, most)
+        return Tunable(lambda: round(getattr(of, field) * unit), change, 0, most)
 
     for device in layers(vol.dev):
         if isinstance(device, Modeled):

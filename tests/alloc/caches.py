@@ -5,8 +5,8 @@ And kswapd beside them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import islice
 
 import trio
@@ -15,6 +15,17 @@ import trio.testing
 from alloc.arena import Arena
 from alloc.gfp import NOFS, NOWAIT
 from alloc.shrinker import SHRINK_STOP
+from alloc.topology import Topology
+
+
+@contextmanager
+def checked(memory_bytes: int, nodes: Topology) -> Iterator[Arena]:
+    """An arena of several nodes, validated when the block ends."""
+    made = Arena(memory_bytes, nodes=nodes)
+    yield made
+    made.drain_all()
+    made.check()
+    made.close()
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from alloc.page import ORDER_MAX, W_FREE, W_LOW, W_MIN, Words
 from alloc.placement import placement
 from alloc.topology import Topology, parse, span_pages, topology
 from alloc.zoneinfo import all_free_blocks
+from tests.alloc.caches import checked
 
 MIB = 1 << 20
 RING = topology(4, [10, 20, 30, 20, 20, 10, 20, 30, 30, 20, 10, 20, 20, 30, 20, 10])
@@ -35,11 +36,8 @@ REFERENCE = 64  # bytes of an object
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
-    made = Arena(24 * MIB, nodes=LINE)
-    yield made
-    made.drain_all()
-    made.check()
-    made.close()
+    with checked(24 * MIB, LINE) as made:
+        yield made
 
 
 # -- topologies ----------------------------------------------------------------------------------

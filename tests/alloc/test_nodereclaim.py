@@ -15,7 +15,7 @@ from alloc.kswapd import MAX_FAILURES, NAP_S
 from alloc.mempolicy import parse
 from alloc.page import W_FREE, W_HIGH, W_KSWAPD, W_LOW, W_MIN
 from alloc.topology import topology
-from tests.alloc.caches import FolioCache, kswapd
+from tests.alloc.caches import FolioCache, checked, kswapd
 
 MIB = 1 << 20
 # the nodes in a row, so that zonelists are 0 1 2, 1 0 2, 2 1 0
@@ -24,11 +24,8 @@ LINE = topology(3, [10, 15, 40, 15, 10, 20, 40, 20, 10])
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
-    made = Arena(24 * MIB, nodes=LINE)
-    yield made
-    made.drain_all()
-    made.check()
-    made.close()
+    with checked(24 * MIB, LINE) as made:
+        yield made
 
 
 @pytest.fixture

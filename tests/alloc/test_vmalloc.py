@@ -105,13 +105,13 @@ async def test_all_pages_or_none(arena: Arena, autojump_clock: trio.testing.Mock
     async with trio.open_nursery() as nursery:
         for _ in range(2):
             nursery.start_soon(one)
-        await trio.sleep(1)
+        await trio.sleep(0.5)
         assert (areas, arena.free_pages, len(arena.waiters())) == ([], free, 2)
         arena.put_folio(held.pop())
-        await trio.sleep(1)
+        await trio.sleep(0.5)
         assert (len(areas), arena.free_pages) == (1, free + 1 - AREA_PAGES)
         arena.vmalloc.free(areas[0])
-        await trio.sleep(1)
+        await trio.sleep(0.5)
         assert len(areas) == 2
     arena.vmalloc.free(areas[1])
     for pfn in held:

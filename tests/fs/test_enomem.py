@@ -22,7 +22,9 @@ from alloc import gfp
 from alloc.arena import Arena, Slab
 from alloc.policy import IRIX, AllocationFailed, parse
 from fs import copyrange, enomem, fallocate, file, namespace, tmpfile, xattr
+from fs.cache.incore import I4_IOLOCK, INODE_WORDS
 from fs.cache.inode import Inode
+from fs.cache.lock import acquire_word
 from fs.errors import ShutDown
 from fs.front import laneslow
 from fs.log.transaction import Transaction
@@ -347,7 +349,7 @@ async def test_so_does_one_that_a_lane_began(
 ) -> None:
     image = support.mkfs(scratch)
     async with opened(image) as vol, a_file(vol) as ip:
-        assert vol.iolocks.try_acquire(ip.handle, False)
+        assert acquire_word(vol.iolocks.words, ip.handle * INODE_WORDS + I4_IOLOCK, False)  # a lane
         vol.arena.set_policy(parse("inject:nth=1,site=_new_folio"))
         assert await laneslow._go_on(vol, ip, 0, memoryview(b"x" * 70000), 65536) == 65536
         assert vol.failures.counts[enomem.REPLY].total() == 1

@@ -27,6 +27,7 @@ class Cut:
     def __init__(self, polled: bool = False) -> None:
         self.polled = polled
         self.signal = 0
+        self.stuck = False  # the work did not look for LATE_S
 
     def __bool__(self) -> bool:
         return self.signal != 0
@@ -66,5 +67,6 @@ class Cut:
             signal.alarm(LATE_S)
 
     def _late(self, number: int, frame: FrameType | None) -> None:
+        self.stuck = True
         signal.alarm(1)  # what tidies up may be stuck, too
         raise KeyboardInterrupt

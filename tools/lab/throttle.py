@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from fs.front.options import escape
+from tools.stats import figures
 from tools.targets import make_image, ours, scratch_dir
 
 SETTLE_S = 20.0
@@ -118,16 +119,10 @@ def _writing(root: Path, plan: Plan) -> Iterator[list[Connection]]:
                 task.kill()
 
 
-def figures(report: Path) -> dict[str, int]:
-    """The numbers of `.nofail/writeback`."""
-    words = (line.split() for line in report.read_text().splitlines())
-    return {name.rstrip(":"): int(float(value)) for name, value, *_ in words}
-
-
 def _watch(report: Path, phase: Phase, until: float) -> None:
     """Look at dirty memory until a moment comes."""
     while time.monotonic() < until:
-        now = figures(report)
+        now = {name: int(value) for name, value in figures(report).items()}
         busy = now["BdiWriteback"] + now["BdiReclaimable"]
         phase.dirty_kib = max(phase.dirty_kib, busy)
         phase.over_kib = max(phase.over_kib, busy - now["DirtyLimit"])
