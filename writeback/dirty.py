@@ -6,6 +6,10 @@ works, from half-way between it and the threshold (20 %) on writers are held bac
 (`writeback/throttle.py`), and above the limit nobody goes on. The limit is the threshold, but
 follows it down slowly when memory shrinks: what was dirtied in good faith is written first.
 
+Once writers are held back, free run begins again only at the background threshold, not half-way, as
+in Linux: write-back ends in large pieces, and in each gap of one whoever happens to be awake would
+run free while the others sleep. With small memories that was half of all that was written.
+
 Counters change by atomic addition, in kernels of any thread; thresholds are the trio thread's.
 Writers that cannot wait (lanes) dirty below the ceiling of free run, one comparison; above it, up
 to the limit, what the throttle has granted to the file. They tell the trio thread when the flusher
@@ -27,7 +31,7 @@ RATELIMIT_PAGES = 16  # pages dirtied between two looks at the limits (Linux's f
 LIMIT_MIN = 32  # pages: a writer can always dirty something when nothing is dirty
 # words of `counts`; NR_DIRTIED and NR_WRITTEN only grow
 NR_DIRTY, NR_WRITEBACK, NR_DIRTIED, NR_WRITTEN = range(4)
-COUNT_FREERUN = 4  # below it nobody is held back: half-way between the thresholds
+COUNT_FREERUN = 4  # below it nobody is held back
 COUNT_BACKGROUND = 5  # above it the flusher has work
 COUNT_LIMIT = 6  # from it on nobody goes on
 NR_COUNTS = 8
@@ -81,6 +85,7 @@ class Dirty:
         self.wake_flusher: Callable[[], None] = lambda: None
         self.max_ratio = 100  # the device's share of the threshold, percent
         self.strict_limit = 0  # 1: that share is a limit of its own
+        self._held_back = False  # writers are
         self._looked_at = -RATELIMIT_PAGES
         self._smoothed = 0
         self.background = 0
@@ -140,9 +145,10 @@ class Dirty:
         self.thresh = max(thresh, LIMIT_MIN)
         self.background = max(background, LIMIT_MIN // 2)
         self._looked_at = self.nr_dirtied
-        self.counts[COUNT_BACKGROUND] = self.background
         at = self.position()
-        self.counts[COUNT_FREERUN] = at.freerun
+        self._held_back = at.dirty > (at.wb_background if self._held_back else at.freerun)
+        self.counts[COUNT_BACKGROUND] = at.wb_background
+        self.counts[COUNT_FREERUN] = at.wb_background if self._held_back else at.freerun
         self.counts[COUNT_LIMIT] = at.hard_limit
         assert self.background < self.thresh
 
@@ -165,7 +171,7 @@ class Dirty:
     def over_background(self) -> bool:
         """Whether the flusher has work to do without being asked."""
         self.update()
-        return bool(self.counts[NR_DIRTY] > self.background)
+        return bool(self.counts[NR_DIRTY] > self.counts[COUNT_BACKGROUND])
 
     def poke(self) -> None:
         """Writers in other threads dirtied something: look whether there is work."""
@@ -175,5 +181,5 @@ class Dirty:
     def dirtied(self) -> None:
         """Pages became dirty; a kernel has counted them."""
         self.look()
-        if self.counts[NR_DIRTY] > self.background:
+        if self.counts[NR_DIRTY] > self.counts[COUNT_BACKGROUND]:
             self.wake_flusher()

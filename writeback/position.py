@@ -32,7 +32,9 @@ class Position(NamedTuple):
 
     @property
     def wb_background(self) -> int:
-        """The background threshold's share."""
+        """Above it the flusher has work: with a strict limit the threshold's share."""
+        if not self.strict:
+            return self.background
         return self.wb_thresh * self.background // self.thresh
 
     @property

@@ -123,7 +123,7 @@ class Throttle:
         at = dirty.position()
         at = at._replace(dirty=max(at.dirty, self._highest))
         self._highest = 0
-        held_back = at if at.dirty > at.freerun else None
+        held_back = at if at.dirty > dirty.freerun else None
         self.bandwidth.update(now, dirty.nr_dirtied, dirty.nr_written, held_back)
 
     # -- writers --------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Throttle:
             now = now_ms()
             self.dirty.update()
             at = self.dirty.position()
-            if at.dirty <= at.freerun:
+            if at.dirty <= self.dirty.freerun:
                 self._paid(handle, writer, now, pause.poll_interval(at.dirty, at.thresh))
                 return
             self.dirty.wake_flusher()

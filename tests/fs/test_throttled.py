@@ -51,7 +51,7 @@ class Load:
     def judge(self) -> None:
         seconds = trio.current_time() - self.began
         assert sum(self.written) / seconds == pytest.approx(self.device.model.bw, rel=0.05)
-        assert max(self.written) < 1.15 * min(self.written)
+        assert max(self.written) < 1.1 * min(self.written)
         assert self.most <= WRITERS * SIZE >> 12
         assert self.vol.pages.throttle.longest_ms <= 200
         assert sorted(self.times)[len(self.times) * 999 // 1000] < 0.25

@@ -95,6 +95,30 @@ def test_the_devices_share() -> None:
     assert some.counts[dirty.COUNT_FREERUN] == some.freerun
 
 
+def test_the_flusher_goes_by_the_devices_share() -> None:
+    """Else nobody would write what writers wait for."""
+    some = make()
+    some.max_ratio, some.strict_limit = 10, 1
+    counts.dirtied(some, some.limit)
+    assert some.nr_dirty < some.background
+    assert some.over_background()
+
+
+def test_free_run_begins_again_at_the_background_threshold() -> None:
+    some = make()
+    ceiling = some.freerun
+    for dirtied, free_below in [
+        (ceiling, ceiling),
+        (ceiling + 1, some.background),
+        (some.background + 1, some.background),
+        (some.background, ceiling),
+        (some.background + 1, ceiling),
+    ]:
+        some.counts[dirty.NR_DIRTY] = dirtied
+        some.update()
+        assert some.freerun == free_below
+
+
 def test_what_lanes_look_at() -> None:
     memory = [10_000]
     some = Dirty(lambda: memory[0])
