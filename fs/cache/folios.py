@@ -1,7 +1,7 @@
 """How large the folios of files are: a report, a line for each order.
 
-Counted at the moment it is asked for, from the flags of all pages: about 10 us a MiB of memory.
-Lanes go on meanwhile, so lines may disagree by what changed.
+Counted at the moment it is asked for, from the flags of all pages: it takes longer with more
+memory. Lanes go on meanwhile, so lines may disagree by what changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Options with settings of their own: `name=value` words with commas between them."""
+"""Options that hold settings of their own: `name=value` words with commas between.
+
+Who has such an option gives a reader for each name. A reader raises ValueError with the word that
+it cannot read; the message is completed here, so that all options complain alike: which option,
+which word, what there is.
+"""
 
 from __future__ import annotations
 
