@@ -210,13 +210,27 @@ def throttle(
     slow: Annotated[int, typer.Option(help="In the second half; 0: there is none.")] = 10_000_000,
     memory: Memory = "64M",
 ) -> None:
-    """Have writers fill a modelled device that slows down: rates, shares, pauses, dirty memory."""
+    """Have writers fill a device that slows down: rates, shares, pauses, dirty memory."""
     from tools.lab import throttle as experiment
     from tools.targets import size_of
 
     plan = experiment.Plan(seconds, writers, size_of(size), bw, slow, memory)
     if not experiment.show(plan, experiment.run(plan)):
         raise typer.Exit(EXIT_DIFFERENCE)
+
+
+@app.command()
+def fsync(
+    dirty: Annotated[str, typer.Option(help="Of the large file beside them.")] = "2G",
+    files: Annotated[int, typer.Option(help="Small files, one after the other.")] = 20,
+    bw: Annotated[int, typer.Option(help="The device's bytes a second.")] = 200_000_000,
+) -> None:
+    """Time fsync of small files beside a large dirty one, here and on the kernel's XFS."""
+    from tools.lab import fsync as experiment
+    from tools.targets import size_of
+
+    plan = experiment.Plan(size_of(dirty), files, bw)
+    experiment.show(plan, experiment.run(plan))
 
 
 @app.command()
