@@ -428,21 +428,34 @@ def merge(mappings: list[Mapping]) -> list[Mapping]:
 def _near(
     geo: Geometry, ip: Inode, left: Mapping | None, right: Mapping | None, offset: int, count: int
 ) -> int:
-    """Where blocks for `offset` are wanted: in line with the neighbours, else by the inode."""
+    """Where blocks for `offset` are wanted: in line with the nearer neighbour, else by the inode.
+
+    In line means as far from the neighbour on the device as in the file, so that what is written
+    in between later fits there. A gap that is large beside what is wanted is not kept, except
+    behind the last extent (the kernel's xfs_bmap_adjacent).
+    """
+    choices = []  # (how far from the neighbour, block)
     if left is not None:
-        gap = offset - left.end
-        behind = left.fsbno + left.count
-        if gap <= NEAR_GAP * count and geo.valid_fsb(behind, gap + 1):
-            return behind + gap
-        return behind if geo.valid_fsb(behind) else left.fsbno
+        gap, behind = offset - left.end, left.fsbno + left.count
+        small = right is None or gap <= NEAR_GAP * count
+        if small and geo.valid_fsb(behind, gap + 1):
+            choices.append((gap, behind + gap))
+        else:
+            choices.append((2 * gap, behind if geo.valid_fsb(behind) else left.fsbno))
     if right is not None:
         gap = right.offset - offset
-        ahead = right.fsbno - gap
-        same_ag = ahead > 0 and geo.agno_of(ahead) == geo.agno_of(right.fsbno)
-        if gap <= NEAR_GAP * count and same_ag and geo.valid_fsb(ahead):
-            return ahead
-        return right.fsbno
-    return inode_fsb(geo, ip.ino)
+        if gap <= NEAR_GAP * count and _precedes(geo, right.fsbno, gap):
+            choices.append((gap, right.fsbno - gap))
+        elif _precedes(geo, right.fsbno, count):
+            choices.append((2 * gap - count, right.fsbno - count))
+        else:
+            choices.append((2 * gap, right.fsbno))
+    return min(choices)[1] if choices else inode_fsb(geo, ip.ino)
+
+
+def _precedes(geo: Geometry, fsbno: int, blocks: int) -> bool:
+    """Whether a block's AG has so many blocks before it."""
+    return geo.agbno_of(fsbno) >= blocks
 
 
 def inode_fsb(geo: Geometry, ino: int) -> int:

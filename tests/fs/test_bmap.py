@@ -112,6 +112,32 @@ def test_merge() -> None:
     assert bmap.merge([]) == []
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "offset", "count", "wanted"),
+    [
+        ((0, 100, 8), None, 8, 4, 108),
+        ((0, 100, 8), None, 500, 1, 600),  # behind the last one any gap is kept
+        ((0, 100, 8), (900, 2000, 8), 20, 4, 120),
+        ((0, 100, 8), (900, 2000, 8), 200, 4, 108),  # too far from both; the left one is nearer
+        ((0, 100, 8), (900, 2000, 8), 890, 4, 1990),
+        ((0, 100, 8), (900, 2000, 8), 800, 4, 1996),  # right before the right one
+        (None, (50, 2000, 8), 40, 4, 1990),
+        (None, (50, 5, 8), 40, 40, 5),  # its AG does not go so far back
+    ],
+)
+async def test_in_line_with_the_nearer_neighbour(
+    tmp_path: Path,
+    left: tuple[int, int, int] | None,
+    right: tuple[int, int, int] | None,
+    offset: int,
+    count: int,
+    wanted: int,
+) -> None:
+    async with opened(make_image(tmp_path)) as vol, file_of(vol) as ip:
+        neighbours = [side and Mapping(*side, False) for side in (left, right)]
+        assert bmap._near(vol.geo, ip, *neighbours, offset, count) == wanted
+
+
 async def test_worst_indirect(tmp_path: Path) -> None:
     """By the format's formula: every level full, then one block a level up to the limit."""
     async with opened(make_image(tmp_path)) as vol:
