@@ -234,6 +234,15 @@ def fsync(
 
 
 @app.command()
+def extents(memory: Memory = "64M") -> None:
+    """Count the extents of files written in several ways, here and on the kernel's XFS."""
+    from tools.lab import extents as experiment
+
+    plan = experiment.Plan(memory=memory)
+    experiment.show(plan, experiment.measure(plan))
+
+
+@app.command()
 def stats(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A mounted nofailfs.")],
     section: Annotated[
