@@ -165,14 +165,19 @@ def _cached(vol: Volume, ip: Inode, start: int, end: int) -> bool | None:
 async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHING) -> None:
     """Remove what is cached of bytes [start, stop), waiting for reads and write-back to end.
 
-    What lies in a folio that holds more is zeroed there, and blocks wholly inside forgotten.
+    A folio that holds more is split, if a piece of it can go then and nobody uses it. In what
+    stays the bytes are zeroed, and blocks wholly inside forgotten.
     """
     pages = vol.pages
+    first, last = -(-start >> 12 + pages.order_min), stop >> 12 + pages.order_min
+    edges = (first << pages.order_min, last << pages.order_min) if first < last else ()
     pages.may_wait(LOCKED | WRITEBACK)
     page = start >> 12
     while pfn := pages.next(ip.handle, page, (stop - 1) >> 12):
         if pages.pages.flags[pfn] & (LOCKED | WRITEBACK):
             await pages.wait(pfn, LOCKED | WRITEBACK)
+            continue
+        if any(pages.splits.split(pfn, edge) for edge in edges):
             continue
         base, end = pages.base(pfn), pages.end(pfn)
         page = end >> 12

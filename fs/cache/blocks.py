@@ -97,6 +97,15 @@ def _writable(blocks, pfn, base, block_log, at, stop):
 
 
 @helper
+def has_dirty(blocks, pfn, pages):
+    """Whether any block in so many pages is dirty."""
+    bits = np.int64(0)
+    for page in range(pfn, pfn + pages):
+        bits |= np.int64(blocks[page])
+    return bits & (DIRTY_BLOCK * 15) != 0
+
+
+@helper
 def readable(blocks, pfn, base, block_log, at, stop):
     """How far [at, stop) is up to date."""
     block = at >> block_log
@@ -359,7 +368,6 @@ def cut(
     """
     out[0] = 0
     out[1] = 0
-    dirty = 0
     spin_lock(m4, root + R_LOCK)
     base = indices[pfn] << 12
     memset(mem, (pfn << 12) + start - base, 0, end - start)
@@ -370,11 +378,7 @@ def cut(
         out[0] += (bits & RESERVED) // RESERVED
         out[1] += (bits & PENDING) // PENDING
         change_bits(blocks, pfn, base, block_log, block, block + 1, 0, EVERY)
-    whole = (4096 << np.int64(orders[pfn])) >> block_log
-    for block in range(base >> block_log, (base >> block_log) + whole):
-        if block_bits(blocks, pfn, base, block_log, block) & DIRTY_BLOCK != 0:
-            dirty += 1
-    if dirty == 0:
+    if not has_dirty(blocks, pfn, np.int64(1) << np.int64(orders[pfn])):
         undirty_folio(m4, m8, flags, orders, indices, counts, root, pfn)
     spin_unlock(m4, root + R_LOCK)
 

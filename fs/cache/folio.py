@@ -33,6 +33,7 @@ from fs.cache.lock import FOLIO_LOCKED, FOLIO_WRITEBACK
 from fs.cache.pin import Pins
 from fs.cache.relocate import relocate
 from fs.cache.shadow import ShadowNodes
+from fs.cache.split import Splits
 from fs.xfs import layout as L
 from fs.xfs.extents import REC_BYTES
 from fs.xfs.inode import DATA, levels_max
@@ -108,6 +109,7 @@ class PageCache:
         self._waits: dict[int, trio.Event] = {}
         self.windows = readahead.Windows(self)
         self.pins = Pins(self)
+        self.splits = Splits(self)
         p = self.pages
         self._tree = (self.m4, self.m8, p.order)
         self._folios = (p.flags, p.order, p.index, p.blocks)
@@ -202,7 +204,7 @@ class PageCache:
             node = self.nodes.try_alloc(gfp.NOWAIT)  # readahead can do without, as below
             if node is None:
                 return 0
-            self._give_node(node)
+            self.give_node(node)
         # Readahead: a window that ends early costs nothing but a later read.
         place = self._place(handle, index, order)
         pfn = self.arena.try_alloc_folio(order, gfp.NORETRY | gfp.MOVABLE, *place)
@@ -279,9 +281,16 @@ class PageCache:
     async def _refill(self, wanted: int) -> None:
         """Have at least so many spare nodes, and a few more."""
         while self._nr_spare < wanted + PATH_NODES:
-            self._give_node(await self.nodes.alloc())
+            self.give_node(await self.nodes.alloc())
 
-    def _give_node(self, node: int) -> None:
+    def try_node(self) -> int:
+        """A spare node of radix trees, or 0: for who can do without; `give_node` takes it back."""
+        if self._nr_spare:
+            self._nr_spare -= 1
+            return int(self._spare[self._nr_spare])
+        return self.nodes.try_alloc(gfp.NOWAIT) or 0  # a folio stays larger than it must be
+
+    def give_node(self, node: int) -> None:
         if self._nr_spare < SPARE_NODES:
             self._spare[self._nr_spare] = node
             self._nr_spare += 1
@@ -296,7 +305,7 @@ class PageCache:
         state = (self.dirty.counts, self.shadows.listed)
         args = (*self._tagged, p.mapping, *state, root, pfn, self._freed)
         for node in self._freed[: gather.detach(*args)]:
-            self._give_node(int(node))
+            self.give_node(int(node))
         self.arena.put_folio(pfn)
 
     # -- state of folios ------------------------------------------------------------------------
@@ -556,5 +565,5 @@ class PageCache:
         )  # fmt: skip
         verdicts: list[int] = self._verdicts[: len(pfns)].tolist()
         for node in self._freed[:nodes].tolist():
-            self._give_node(node)
+            self.give_node(node)
         return verdicts

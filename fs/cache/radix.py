@@ -21,6 +21,7 @@ from alloc.jit import helper, kernel
 from alloc.workingset import SHADOW_BITS
 
 SLOTS = 64
+LEVEL_ORDER = 6  # folios of an order below it lie in the lowest nodes
 DIRTY, TOWRITE, WRITEBACK = 0, 1, 2
 ANY = -1  # instead of a tag: every folio
 
@@ -266,6 +267,35 @@ def replace_entry(m4, orders, root, index, pfn):
     node, first, slots = _leaf(m4, orders, root, index)
     for word in range(node * WORDS + first, node * WORDS + first + slots):
         m4[word] = pfn
+
+
+@helper
+def halve_entry(m4, m8, orders, root, index, spare):
+    """The upper half of the folio over `index`, large as it still is, gets an entry of its own.
+
+    Both have the tags of the whole. `spare`, a node, is taken where the halves lie a level lower:
+    if the folio has one slot.
+    """
+    node, first, slots = _leaf(m4, orders, root, index)
+    pfn = np.int64(m4[node * WORDS + first])
+    if slots == 1:
+        child = _take(m4, spare)
+        for word in range(child * WORDS, child * WORDS + SLOTS):
+            m4[word] = pfn
+        m4[child * WORDS + COUNT] = SLOTS
+        for tag in range(3):
+            bits = m8[node * 64 + TAG_AT + tag] >> np.uint64(first)
+            m8[child * 64 + TAG_AT + tag] = bits & np.uint64(1)
+        m4[node * WORDS + COUNT] -= 1
+        _adopt(m4, m8, node, first, child)
+        node, first, slots = child, 0, SLOTS
+    middle = first + (slots >> 1)
+    for word in range(node * WORDS + middle, node * WORDS + first + slots):
+        m4[word] = pfn + (1 << np.int64(orders[pfn]) >> 1)
+    for tag in range(3):
+        word = node * 64 + TAG_AT + tag
+        bits = m8[word] >> np.uint64(first) & np.uint64(1)
+        m8[word] |= bits << np.uint64(middle)
 
 
 @helper

@@ -25,12 +25,17 @@ from fs.cache.radix import (
 
 NODES = 512  # room for nodes in the test arena
 ROOT_WORD = 16  # the root lives in "page 0" of the test arena
-PAGES = 4096
+PAGES = 1 << 17
 
 
 @probe
 def insert(m4, m8, orders, root, index, order, pfn, spare, nspare):
     return radix.insert_entry(m4, m8, orders, root, index, order, pfn, spare, nspare)
+
+
+@probe
+def halve(m4, m8, orders, root, index, spare):
+    radix.halve_entry(m4, m8, orders, root, index, spare)
 
 
 class Tree:
@@ -43,14 +48,19 @@ class Tree:
         self.orders = np.zeros(PAGES, np.uint8)
         self.indices = np.zeros(PAGES, np.int64)
         self.nodes = list(range(1, NODES))
-        self.pfns = list(range(1, PAGES))
+        self.pfn = 1  # the next one
         self.listed = np.zeros(3, np.int64)
         self.freed = np.zeros(600, np.uint32)
 
-    def insert(self, index: int, order: int) -> int:
-        pfn = self.pfns.pop()
+    def folio(self, index: int, order: int) -> int:
+        """A new one, which has pages of its own: its upper half has a number, too."""
+        pfn, self.pfn = self.pfn, self.pfn + (1 << order)
         self.orders[pfn] = order
         self.indices[pfn] = index
+        return pfn
+
+    def insert(self, index: int, order: int) -> int:
+        pfn = self.folio(index, order)
         spare: list[int] = []
         while True:
             array = np.array([*spare, 0], np.uint32)
@@ -58,7 +68,6 @@ class Tree:
                 self.m4, self.m8, self.orders, ROOT_WORD, index, order, pfn, array, len(spare)
             )
             if code == radix.EXISTS:
-                self.pfns.append(pfn)
                 self.nodes += spare
                 return 0
             if code >= 0:
@@ -125,11 +134,17 @@ class Tree:
         return pages
 
     def replace(self, index: int, order: int) -> int:
-        pfn = self.pfns.pop()
-        self.orders[pfn] = order
-        self.indices[pfn] = index >> order << order
+        pfn = self.folio(index >> order << order, order)
         radix.replace(self.m4, self.orders, ROOT_WORD, index, pfn)
         return pfn
+
+    def halve(self, index: int, order: int) -> None:
+        """Halve the folio over a page; a node is only taken where the halves need one."""
+        pfn, spare = self.find(index), self.nodes.pop() if order == 6 else 0
+        halve(self.m4, self.m8, self.orders, ROOT_WORD, index, spare)
+        upper, first = pfn + (1 << order - 1), int(self.indices[pfn])
+        self.orders[pfn] = self.orders[upper] = order - 1
+        self.indices[upper] = first + (1 << order - 1)
 
     def gang(self, index: int, last: int, tag: int, limit: int = 4096) -> list[int]:
         out = np.zeros(limit, np.int64)
@@ -217,6 +232,22 @@ def test_large_folio_meets_small_ones() -> None:
     assert tree.insert(64, 6) != 0
 
 
+def test_halves_have_the_tags_of_the_whole() -> None:
+    tree = Tree()
+    pfn = tree.insert(512, 9)
+    tree.mark(512, radix.DIRTY, 1)
+    tree.mark(512, radix.TOWRITE, 1)
+    for order in range(9, 0, -1):
+        tree.halve(512 + 5, order)  # page 5 of the folio: in the lower half but twice
+    pieces = [pfn + first for first in (0, 4, 5, 6, 8, 16, 32, 64, 128, 256)]
+    assert len(tree.nodes) == NODES - 3  # one more, for the pieces of the first 64 pages
+    for tag in (radix.ANY, radix.DIRTY, radix.TOWRITE):
+        assert tree.gang(0, 2000, tag) == pieces
+    assert tree.gang(0, 2000, radix.WRITEBACK) == []
+    tree.mark(512 + 5, radix.DIRTY, 0)
+    assert tree.gang(0, 2000, radix.DIRTY) == pieces[:2] + pieces[3:]
+
+
 def test_towrite_is_copied_in_batches() -> None:
     tree = Tree()
     for index in range(0, 40, 2):
@@ -241,7 +272,7 @@ steps = st.lists(
     st.tuples(
         st.sampled_from(
             [
-                *("insert", "insert", "erase", "evict", "evict", "replace"),
+                *("insert", "insert", "erase", "evict", "evict", "replace", "halve", "halve"),
                 *("set", "set", "clear", "scan", "forget"),
             ]
         ),
@@ -279,6 +310,12 @@ def apply_step(tree: Tree, model: Model, step: tuple[str, int, int, int]) -> Non
     elif start is not None and what == "replace":
         order, _, tags = model.folios[start]
         model.folios[start] = (order, tree.replace(index, order), tags)
+    elif start is not None and what == "halve" and model.folios[start][0]:
+        order, pfn, tags = model.folios.pop(start)
+        tree.halve(index, order)
+        half = 1 << order - 1
+        model.folios[start] = (order - 1, pfn, tags)
+        model.folios[start + half] = (order - 1, pfn + half, set(tags))
     elif start is not None and what in ("set", "clear"):
         tree.mark(index, tag, int(what == "set"))
         tags = model.folios[start][2]
@@ -314,7 +351,7 @@ def test_shadows_among_folios_of_all_sizes(seed: int) -> None:
     """A crowded tree: large folios meet shadows and nodes of them, small ones split shadows."""
     random, tree, model = Random(seed), Tree(), Model()
     for _ in range(150):
-        what = random.choice(["insert", "insert", "evict", "evict", "erase", "set"])
+        what = random.choice(["insert", "insert", "evict", "evict", "erase", "set", "halve"])
         if what == "insert" or random.random() < 0.1:
             what = random.choice(["insert"] * 9 + ["forget"])
             index = random.randrange(4096) if random.random() < 0.9 else 1 << 18
@@ -322,6 +359,8 @@ def test_shadows_among_folios_of_all_sizes(seed: int) -> None:
             index = random.choice(list(model.folios) or [0])
         apply_step(tree, model, (what, index, random.choice([0, 0, 1, 3, 6, 7, 9]), 0))
         assert tree.shadows() == model.shadows
+        for tag in (radix.ANY, 0, 1, 2):
+            assert tree.gang(0, 1 << 20, tag) == model.touching(0, 1 << 20, tag)
         if random.random() < 0.02:
             tree.reclaim(1)
             left = tree.shadows()
