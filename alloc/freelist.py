@@ -30,6 +30,7 @@ from alloc.page import (
     W_FREE_ORDERS,
     W_FREE_TAIL,
     W_LOWEST,
+    W_MERGED,
     W_NR_FREE,
     W_START,
 )
@@ -158,5 +159,6 @@ def merge_and_push(b, pfn, order):
             set_block_types(words, buddy, order, mt)
         pfn = min(pfn, buddy)
         order += 1
+        words[W_MERGED + order] += 1
     push(b, pfn, order, mt, _next_is_free(b, pfn, order))
     words[W_LOWEST] = min(words[W_LOWEST], pfn)

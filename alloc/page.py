@@ -81,6 +81,7 @@ W_HIGHATOMIC = 20  # pages in pageblocks of the high-atomic reserve, free or not
 W_HIGHATOMIC_MAX = 21
 W_CLAIMED = 22  # pageblocks that changed their type for a request, since the beginning
 W_STOLEN = 23  # requests that took pages of a pageblock of another type
+W_MERGED = 24  # one for each order: blocks that two halves became, since the beginning
 # words: written once, and seldom read
 W_NODE = 40  # whose row it is
 W_SPAN = 41  # pages of each node, of which the last one may have less

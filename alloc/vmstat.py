@@ -14,6 +14,7 @@ from alloc.node import NUMA_NAMES, spanned
 from alloc.page import (
     LRU_PAGES,
     LRU_STRIDE,
+    ORDERS,
     S_RECLAIMABLE,
     S_SLABS,
     SLAB_CACHES,
@@ -22,6 +23,7 @@ from alloc.page import (
     W_FREE,
     W_FREE_HIGHATOMIC,
     W_LRU,
+    W_MERGED,
     W_NUMA,
     W_PGALLOC,
     W_PGFREE,
@@ -83,6 +85,11 @@ def node_counts(words: Words) -> dict[str, Callable[[], int]]:
         "pgfree": lambda: int(words[W_PGFREE]) + pages_given_back(words),
     }
     return counts
+
+
+def merged_blocks(nodes: Sequence[Words]) -> list[int]:
+    """How often two free halves became a block, by the order of the block."""
+    return [sum(int(words[W_MERGED + order]) for words in nodes) for order in range(ORDERS)]
 
 
 def numa_counts(words: Words) -> dict[str, Callable[[], int]]:

@@ -1,8 +1,12 @@
 """A line a second about a mount: what `.nofail/` says, as vmstat(8) shows a machine.
 
-Columns stand in sections, of which some may be chosen. Each is a figure of one of the files, which
-have lines `name value` or `name: value unit`: as it is, or what it grew by since the line before,
-a second. The first line's growth is unknown and shown as `-`. Values in KiB are shown in MiB.
+Columns stand in sections, of which some may be chosen. Each is a figure of one of the files, or
+the sum of several: as it is, or what it grew by since the line before, a second. The first line's
+growth is unknown and shown as `-`. Values in KiB are shown in MiB.
+
+Files have lines `name value` or `name: value unit`; or they are tables whose first line, behind a
+`#`, names the columns: then a column's figures are `name.row`, `name` is their sum, and a row is
+named by its first column.
 """
 
 from __future__ import annotations
@@ -18,20 +22,25 @@ HEADER_EVERY = 20  # lines
 KIB = 1024
 GAUGE, RATE = "gauge", "rate"
 
+Figures = dict[tuple[str, str], float]
+
 
 @dataclass(frozen=True)
 class Column:
-    """One figure: a file below `.nofail/`, its name there, and how it is shown."""
+    """A figure, or a sum: a file below `.nofail/`, names there, and how it is shown."""
 
     title: str
     file: str
-    name: str
+    name: str  # or several: a+b
     kind: str = GAUGE
     divisor: int = 1
 
     @property
     def width(self) -> int:
         return max(len(self.title), 6)
+
+    def value(self, figures: Figures) -> float:
+        return sum(figures[self.file, name] for name in self.name.split("+")) / self.divisor
 
 
 SECTIONS: dict[str, tuple[Column, ...]] = {
@@ -46,6 +55,15 @@ SECTIONS: dict[str, tuple[Column, ...]] = {
         Column("direct/s", "vmstat", "pgscan_direct", RATE),
         Column("refault/s", "vmstat", "workingset_refault_file", RATE),
     ),
+    "folios": (
+        Column("4k", "folios", "cached.0", divisor=KIB),
+        Column("8-32k", "folios", "cached.1+cached.2+cached.3", divisor=KIB),
+        Column("64-256k", "folios", "cached.4+cached.5+cached.6", divisor=KIB),
+        Column("512k-2m", "folios", "cached.7+cached.8+cached.9", divisor=KIB),
+        Column("split/s", "folios", "split", RATE),
+        Column("failed/s", "folios", "split_failed", RATE),
+        Column("merged/s", "folios", "merged", RATE),
+    ),
     "writeback": (
         Column("dirty", "writeback", "BdiReclaimable", divisor=KIB),
         Column("wback", "writeback", "BdiWriteback", divisor=KIB),
@@ -58,9 +76,6 @@ SECTIONS: dict[str, tuple[Column, ...]] = {
         Column("pausing", "writeback", "Pausing"),
     ),
 }
-
-Figures = dict[tuple[str, str], float]
-
 
 def chosen(names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     """The sections of these names; none: all. Raises UserError for one that nobody knows."""
@@ -85,7 +100,26 @@ def read(root: Path, columns: Sequence[Column]) -> Figures:
         except OSError as error:
             reason = f"{root}/.nofail/{file}: {error.strerror}; is it mounted?"
             raise UserError(reason, 1) from error
+<<<<<<< HEAD
         found |= {(file, name): value for name, value in lines.items()}
+=======
+        found |= {(file, name): value for name, value in figures_of(text).items()}
+    return found
+
+
+def figures_of(text: str) -> dict[str, float]:
+    """What a file says, by name."""
+    rows = [line.replace(":", " ").split() for line in text.splitlines()]
+    if not text.startswith("#"):
+        return {name: float(value) for name, value, *_ in rows}
+    found: dict[str, float] = {}
+    (_, _, *titles), *rows = rows
+    for row, *values in rows:
+        numbers = [float(value) for value in values if value != "kB"]
+        for title, number in zip(titles, numbers, strict=True):
+            found[f"{title}.{row}"] = number
+            found[title] = found.get(title, 0) + number
+>>>>>>> 25e2ed8 (folios: splits and merges by order, in the report and in `nofailfs stats`)
     return found
 
 
@@ -93,13 +127,12 @@ def row(columns: Sequence[Column], now: Figures, before: Figures, seconds: float
     """One line; `before` is empty for the first."""
     words = []
     for column in columns:
-        key = column.file, column.name
-        value = now[key] / column.divisor
+        value = column.value(now)
         if column.kind == RATE and not before:
             words.append(f"{'-':>{column.width}}")
             continue
         if column.kind == RATE:
-            value = (value - before[key] / column.divisor) / seconds
+            value = (value - column.value(before)) / seconds
         words.append(f"{value:>{column.width}.{1 if column.divisor == KIB else 0}f}")
     return " ".join(words)
 

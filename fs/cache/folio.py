@@ -125,6 +125,10 @@ class PageCache:
         self.arena.register_shrinker(self.shadows, seeks=0)
         self.arena.vmstat.gauge("workingset_nodes", lambda: self.shadows.nr_nodes)
         self.arena.compaction.register_mover(self)
+        # As the kernel counts: huge pages only. Other orders stand in the report of folios.
+        done, failed = self.splits.done, self.splits.failed
+        self.arena.vmstat.gauge("thp_split_page", lambda: done[ORDER_MAX])
+        self.arena.vmstat.gauge("thp_split_page_failed", lambda: failed[ORDER_MAX])
         self.arena.vmstat.gauge("nr_dirty", lambda: self.dirty.nr_dirty)
         self.arena.vmstat.gauge("nr_writeback", lambda: self.dirty.nr_writeback)
         self.arena.vmstat.gauge("nr_dirtied", lambda: self.dirty.nr_dirtied)

@@ -95,7 +95,7 @@ def reports(vol: Volume) -> dict[str, Callable[[], str]]:
         "slabinfo": arena.slabinfo,
         "shrinkers": lambda: shrinkers(vol),
         "waiters": lambda: waiters(vol),
-        "folios": lambda: folios_text(arena.pages, vol.pages.order_max),
+        "folios": lambda: folios_text(vol.pages),
         "writeback": lambda: stats_text(vol.pages.throttle, vol.flusher),
         "pressure/memory": arena.pressure.text,
     }

@@ -29,6 +29,7 @@ class NaiveBuddy:
         self.allocated: dict[int, int] = {}
         self.listed: set[int] = set()  # allocated folios on the LRU
         self.boost = self.reserved = self.claimed = self.stolen = 0
+        self.merged = [0] * (ORDER_MAX + 1)
         self.reserve_max = 0
         if nr_pages // 100 >= size:
             self.reserve_max = (nr_pages // 100 + size - 1) // size * size
@@ -192,6 +193,7 @@ class NaiveBuddy:
             self.lists[other, order].remove(buddy)
             self._set_types(buddy, order, mt)
             pfn, order = min(pfn, buddy), order + 1
+            self.merged[order] += 1
         beyond = (pfn & ~(1 << order)) ^ 2 << order
         soon = order < ORDER_MAX - 1 and free.get(beyond, (-1, 0))[0] == order + 1
         self._put(pfn, order, mt, last=soon)

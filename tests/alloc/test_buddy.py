@@ -33,6 +33,7 @@ from alloc.page import (
     W_HIGHATOMIC,
     W_STOLEN,
 )
+from alloc.vmstat import merged_blocks
 from tests.alloc.naive import NaiveBuddy
 
 RIGHTS = (buddy.RIGHTS_MIN, buddy.RIGHTS_HALF, buddy.RIGHTS_ATOMIC, buddy.RIGHTS_ALL)
@@ -148,6 +149,7 @@ class BuddyMachine(RuleBasedStateMachine):
         assert words[W_FREE] == model.free_pages
         assert words[[W_BOOST, W_HIGHATOMIC]].tolist() == [model.boost, model.reserved]
         assert words[[W_CLAIMED, W_STOLEN]].tolist() == [model.claimed, model.stolen]
+        assert merged_blocks([words]) == model.merged
         self.arena.check()
 
     def teardown(self) -> None:

@@ -18,6 +18,9 @@ def reports(root: Path, dirtied: int) -> None:
         text = "".join(f"{name}:   {dirtied} kB\n" for name in sorted(names))
         text = text.replace(":", "") if file == "vmstat" else text
         (root / ".nofail" / file).write_text(text)
+    table = "# order size cached split split_failed merged\n"
+    table += "".join(f"{row} {4 << row} kB {dirtied} kB {row} 0 {dirtied}\n" for row in range(10))
+    (root / ".nofail" / "folios").write_text(table)
 
 
 def test_rates_are_growth_a_second(tmp_path: Path) -> None:
@@ -28,6 +31,16 @@ def test_rates_are_growth_a_second(tmp_path: Path) -> None:
     assert stats.row(columns, first, {}, 1.0).split() == ["-", "1.0"]
     reports(tmp_path, 5120)
     assert stats.row(columns, stats.read(tmp_path, columns), first, 2.0).split() == ["2.0", "5.0"]
+
+
+def test_a_table_has_figures_by_row_and_sums(tmp_path: Path) -> None:
+    columns = [stats.Column("a", "folios", name) for name in ("size.2+size.3", "cached.1", "split")]
+    columns.append(stats.Column("b", "folios", "merged", stats.RATE))
+    reports(tmp_path, 100)
+    first = stats.read(tmp_path, columns)
+    reports(tmp_path, 130)
+    now = stats.read(tmp_path, columns)
+    assert stats.row(columns, now, first, 2.0).split() == ["48", "130", "45", "150"]
 
 
 def test_lines_and_header_have_the_same_columns(tmp_path: Path) -> None:
