@@ -20,6 +20,7 @@ from fs.errors import UserError
 
 HEADER_EVERY = 20  # lines
 KIB = 1024
+LARGE = (1024, 2048, 4096, 8192)  # KiB: writes that a device takes at its full speed
 GAUGE, RATE = "gauge", "rate"
 
 Figures = dict[tuple[str, str], float]
@@ -75,6 +76,13 @@ SECTIONS: dict[str, tuple[Column, ...]] = {
         Column("pauses/s", "writeback", "Pauses", RATE),
         Column("pausing", "writeback", "Pausing"),
     ),
+    "io": (
+        Column("reads/s", "io", "reads", RATE),
+        Column("read/s", "io", "read_kB", RATE, KIB),
+        Column("writes/s", "io", "writes", RATE),
+        Column("written/s", "io", "written_kB", RATE, KIB),
+        Column(">=1m/s", "io", "+".join(f"written_kB.{kib}" for kib in LARGE), RATE, KIB),
+    ),
 }
 
 def chosen(names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
@@ -113,8 +121,8 @@ def figures_of(text: str) -> dict[str, float]:
     if not text.startswith("#"):
         return {name: float(value) for name, value, *_ in rows}
     found: dict[str, float] = {}
-    (_, _, *titles), *rows = rows
-    for row, *values in rows:
+    (_, _, *titles), *table = rows
+    for row, *values in table:
         numbers = [float(value) for value in values if value != "kB"]
         for title, number in zip(titles, numbers, strict=True):
             found[f"{title}.{row}"] = number

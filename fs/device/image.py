@@ -20,6 +20,7 @@ from functools import partial
 import trio
 
 from fs.device.base import Views
+from fs.device.sizes import READ, WRITE, Sizes
 
 IO_THREADS = 4  # enough to keep a device of this class busy from two cores
 IOV_MAX = 1024
@@ -86,22 +87,27 @@ class ImageFile:
         self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
         self._threads = trio.CapacityLimiter(IO_THREADS)
+        self.sizes = Sizes()
 
     def fileno(self) -> int:
         return self._fd
 
     async def read(self, offset: int, views: Views) -> None:
+        self.sizes.note(READ, views)
         await self._run(partial(_transfer, os.preadv, self._fd, views, offset, "read"))
 
     async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
         if len(requests) == 1:
             await self.read(*requests[0])
         elif requests:
+            for _, views in requests:
+                self.sizes.note(READ, views)
             # One hop for all: a fragmented file's window is hundreds of pieces of one block.
             await self._run(partial(_read_each, self._fd, requests))
 
     async def write(self, offset: int, views: Views) -> None:
         assert not self.read_only
+        self.sizes.note(WRITE, views)
         await self._run(partial(_transfer, os.pwritev, self._fd, views, offset, "write"))
 
     async def discard(self, offset: int, length: int) -> None:

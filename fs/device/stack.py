@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from fs.device import faulty, model
 from fs.device.base import Device
 from fs.device.faulty import Faulty
+from fs.device.image import ImageFile
 from fs.device.modeled import Modeled
 from fs.device.recorder import Recorder
+from fs.device.sizes import Sizes
 
 
 def build(device: Device, modeled: str, faults: str, record: str) -> Device:
@@ -31,3 +33,8 @@ def layers(device: Device) -> Iterator[Device]:
     while device is not None:
         yield device
         device = getattr(device, "inner", None)  # type: ignore[assignment]
+
+
+def sizes(device: Device) -> Sizes:
+    """What has reached the image at the inside."""
+    return next(layer.sizes for layer in layers(device) if isinstance(layer, ImageFile))

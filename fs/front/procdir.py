@@ -29,6 +29,8 @@ import pyfuse3
 from alloc.shrinker import NO_NODE
 from alloc.vmstat import meminfo_text, vmstat_text
 from fs.cache.folios import folios_text
+from fs.device.sizes import io_text
+from fs.device.stack import sizes
 from fs.front import handles, sysctl
 from fs.front.attrs import CACHE_SECONDS, PAGE_SIZE
 from fs.xfs import dir as directory
@@ -96,6 +98,7 @@ def reports(vol: Volume) -> dict[str, Callable[[], str]]:
         "shrinkers": lambda: shrinkers(vol),
         "waiters": lambda: waiters(vol),
         "folios": lambda: folios_text(vol.pages),
+        "io": lambda: io_text(sizes(vol.dev)),
         "writeback": lambda: stats_text(vol.pages.throttle, vol.flusher),
         "pressure/memory": arena.pressure.text,
     }

@@ -24,6 +24,7 @@ REPORTS = (
     *("meminfo", "vmstat", "buddyinfo", "pagetypeinfo", "zoneinfo", "slabinfo", "shrinkers"),
     "writeback",
     "folios",
+    "io",
 )
 NOBODY = 65534
 

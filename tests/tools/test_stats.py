@@ -21,6 +21,9 @@ def reports(root: Path, dirtied: int) -> None:
     table = "# order size cached split split_failed merged\n"
     table += "".join(f"{row} {4 << row} kB {dirtied} kB {row} 0 {dirtied}\n" for row in range(10))
     (root / ".nofail" / "folios").write_text(table)
+    table = "# size_kB reads read_kB writes written_kB\n"
+    table += "".join(f"{1 << row >> 1} {row} 0 2 {dirtied}\n" for row in range(15))
+    (root / ".nofail" / "io").write_text(table)
 
 
 def test_rates_are_growth_a_second(tmp_path: Path) -> None:
