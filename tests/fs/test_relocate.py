@@ -1,4 +1,4 @@
-"""Folios of files that move: content, state and index stay, also while threads look them up."""
+"""Folios of files that move: content, state and index stay. Threads look them up meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alloc.gfp import MOVABLE, NOWAIT
 from alloc.jit import DISABLED, kernel
 from alloc.libc import memcmp
 from alloc.migrate import MOVED
-from alloc.page import DIRTY, LOCKED, WRITEBACK, Buddy
+from alloc.page import DIRTY, LOCKED, W_PGALLOC, WRITEBACK, Buddy
 from alloc.pcp import put
 from alloc.topology import topology
 from fs import file
@@ -62,6 +62,16 @@ async def migrate(vol: Volume, ip: Inode) -> int:
     arena.vmstat.add("pgmigrate_fail", int((verdicts != MOVED).sum()))
     await trio.lowlevel.checkpoint()
     return arena.vmstat["pgmigrate_success"] - before
+
+
+async def split(vol: Volume, ip: Inode) -> int:
+    """Read the file anew, into large folios, and split them all over; how many splits."""
+    pages, done, rng = vol.pages, 0, random.Random(vol.arena.words[W_PGALLOC].item())
+    drop_some(vol, ip, rng, 1.0)
+    await file.read(vol, ip, 0, SIZE)
+    for edge in rng.sample(range(1, SIZE >> 12), 200):
+        done += pages.splits.split(pages.find(ip.handle, edge), edge)
+    return done
 
 
 def drop_some(vol: Volume, ip: Inode, rng: random.Random, part: float) -> int:
@@ -177,7 +187,7 @@ def look_up_often(
 
 @pytest.mark.skipif(DISABLED, reason="needs threads without the GIL")
 @pytest.mark.slow
-@pytest.mark.parametrize("move", [compact, migrate])
+@pytest.mark.parametrize("move", [compact, migrate, split])
 async def test_lookups_beside_a_moving_cache(
     scratch: Path, move: Callable[[Volume, Inode], Awaitable[int]]
 ) -> None:
@@ -209,5 +219,6 @@ async def test_lookups_beside_a_moving_cache(
             for thread in threads:
                 thread.join()
         assert out[2] == 0, out
-        assert vol.arena.vmstat["pgmigrate_fail"] > 0, "no folio was ever met in use"
+        failed = vol.arena.vmstat["pgmigrate_fail"] + sum(vol.pages.splits.failed)
+        assert failed > 0, "no folio was ever met in use"
         vol.arena.check()
