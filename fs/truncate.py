@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from alloc.page import LOCKED, WRITEBACK
+from alloc.page import DIRTY, LOCKED, WRITEBACK
 from fs import buffered, delalloc
 from fs.cache import blocks, radix
 from fs.xfs import bmap, stamp
@@ -165,8 +165,9 @@ def _cached(vol: Volume, ip: Inode, start: int, end: int) -> bool | None:
 async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHING) -> None:
     """Remove what is cached of bytes [start, stop), waiting for reads and write-back to end.
 
-    A folio that holds more is split, if a piece of it can go then and nobody uses it. In what
-    stays the bytes are zeroed, and blocks wholly inside forgotten.
+    A folio that holds more is split, if a piece of it can go then. If somebody uses it, it can not
+    be split; then it goes, too, but stays whole while something else in it is dirty. In what stays
+    the bytes are zeroed, and blocks wholly inside forgotten.
     """
     pages = vol.pages
     first, last = -(-start >> 12 + pages.order_min), stop >> 12 + pages.order_min
@@ -181,10 +182,11 @@ async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHIN
             continue
         base, end = pages.base(pfn), pages.end(pfn)
         page = end >> 12
+        unsplit = any(base >> 12 < edge < page for edge in edges)
         reserved, pending = pages.cut(pfn, max(base, start), min(end, stop))
         if reserved or pending:
             delalloc.forget(vol, ip, reserved, pending)
-        if base >= start and end <= stop:
+        if (base >= start and end <= stop) or (unsplit and not pages.pages.flags[pfn] & DIRTY):
             pages.remove(pfn)
     pages.shadows.forget(ip.handle, start >> 12, (stop - 1) >> 12)
 

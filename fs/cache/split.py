@@ -8,8 +8,8 @@ A folio has one way in, its mapping's tree, and one lock on it, R_LOCK, under wh
 their references: as where folios move (fs/cache/relocate.py). So it is split in one hold of that
 lock, if it is neither LOCKED nor under write-back and has no reference but its mapping's. Content
 and block bits stay where they are. Tags and flags are those of both halves; one without dirty
-blocks is clean. Other folios stay whole, and so does one that needs a node for the tree if none
-is free: nobody waits, for what is left is only larger than it has to be. Trio thread only.
+blocks is clean. Other folios are not split, and neither is one that needs a node for the tree if
+none is free: nobody waits, for what is left is only larger than it has to be. Trio thread only.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"

@@ -171,6 +171,27 @@ async def test_a_folio_in_use_stays_whole_and_is_cut(scratch: Path) -> None:
         assert bytes(await file.read(vol, ip, 0, MIB)) == content[:5000] + bytes(MIB - 5000)
 
 
+async def test_a_clean_folio_in_use_goes(scratch: Path) -> None:
+    content = random.Random(8).randbytes(MIB)
+    async with opened(support.mkfs(scratch), 64 * MIB) as vol, a_file(vol) as ip:
+        for size in (8192, MIB):
+            await file.write(vol, ip, 0, content)
+            await file.fsync(vol, ip)
+            (pfn,) = vol.pages.gang(ip.handle, 0, PAGES)
+            vol.arena.get_folio(pfn)
+            if size < MIB:
+                await truncate.truncate(vol, ip, size)
+            else:
+                await fallocate.fallocate(vol, ip, 8192, MIB, PUNCH_HOLE | KEEP_SIZE)
+            assert pieces(vol, ip) == []
+            assert vol.arena.put_folio(pfn)
+            left = content[:8192] + bytes(size - 8192)
+            assert bytes(await file.read(vol, ip, 0, MIB)) == left
+            await truncate.truncate(vol, ip, 0)
+        assert vol.pages.splits.failed[LARGEST] == 2
+        vol.arena.check()
+
+
 async def test_without_a_node_a_folio_stays_whole(scratch: Path) -> None:
     """But where the pieces are of at least 64 pages none is needed."""
     async with opened(support.mkfs(scratch), 64 * MIB) as vol, a_file(vol) as ip:
