@@ -2,9 +2,9 @@
 
 Counted at the moment it is asked for, from the flags of all pages: it takes longer with more
 memory. Lanes go on meanwhile, so lines may disagree by what changed. The last columns are events
-since the mount: `split` and `split_failed` are the kernel's of each size of huge pages, for folios of
-that order (fs/cache/split.py); `merged` says how often the page allocator made a free block of that
-order of two.
+since the mount: `split` and `split_failed` are the kernel's of each size of huge pages, for folios
+of that order (fs/cache/split.py); `merged` says how often the page allocator made a free block of
+that order of two.
 """
 
 from __future__ import annotations
