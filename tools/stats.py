@@ -85,6 +85,7 @@ SECTIONS: dict[str, tuple[Column, ...]] = {
     ),
 }
 
+
 def chosen(names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     """The sections of these names; none: all. Raises UserError for one that nobody knows."""
     unknown = [name for name in names if name not in SECTIONS]
@@ -93,30 +94,8 @@ def chosen(names: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     return {name: SECTIONS[name] for name in names or SECTIONS}
 
 
-def figures(report: Path) -> dict[str, float]:
-    """The lines of a report by name. OSError."""
-    words = (line.replace(":", " ").split() for line in report.read_text().splitlines())
-    return {name: float(value) for name, value, *_ in words}
-
-
-def read(root: Path, columns: Sequence[Column]) -> Figures:
-    """The figures of these columns. Raises UserError where there are no reports."""
-    found: Figures = {}
-    for file in {column.file for column in columns}:
-        try:
-            lines = figures(root / ".nofail" / file)
-        except OSError as error:
-            reason = f"{root}/.nofail/{file}: {error.strerror}; is it mounted?"
-            raise UserError(reason, 1) from error
-<<<<<<< HEAD
-        found |= {(file, name): value for name, value in lines.items()}
-=======
-        found |= {(file, name): value for name, value in figures_of(text).items()}
-    return found
-
-
 def figures_of(text: str) -> dict[str, float]:
-    """What a file says, by name."""
+    """What a report says, by name; of a table, each title's rows and their sum."""
     rows = [line.replace(":", " ").split() for line in text.splitlines()]
     if not text.startswith("#"):
         return {name: float(value) for name, value, *_ in rows}
@@ -127,7 +106,19 @@ def figures_of(text: str) -> dict[str, float]:
         for title, number in zip(titles, numbers, strict=True):
             found[f"{title}.{row}"] = number
             found[title] = found.get(title, 0) + number
->>>>>>> 25e2ed8 (folios: splits and merges by order, in the report and in `nofailfs stats`)
+    return found
+
+
+def read(root: Path, columns: Sequence[Column]) -> Figures:
+    """The figures of these columns. Raises UserError where there are no reports."""
+    found: Figures = {}
+    for file in {column.file for column in columns}:
+        try:
+            lines = figures_of((root / ".nofail" / file).read_text())
+        except OSError as error:
+            reason = f"{root}/.nofail/{file}: {error.strerror}; is it mounted?"
+            raise UserError(reason, 1) from error
+        found |= {(file, name): value for name, value in lines.items()}
     return found
 
 

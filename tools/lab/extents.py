@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.lab.slowed import Slowed, kernel_slowed, ours_slowed, why_not
-from tools.stats import figures
+from tools.stats import figures_of
 from tools.targets import make_image, run, scratch_dir
 
 STEP = 1 << 20
@@ -102,7 +102,7 @@ def measure(plan: Plan) -> dict[str, dict[str, list[int]]]:
         ) -> list[int]:
             with mounted as mount:
                 make(mount.path)
-                limits.append(int(figures(mount.report).get("DirtyLimit", 0)))
+                limits.append(int(figures_of(mount.report.read_text()).get("DirtyLimit", 0)))
             return [count(image, name) for name in names]
 
         for pattern, (names, make) in _patterns(plan).items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools.lab.slowed import Slowed, kernel_slowed, ours_slowed, why_not
-from tools.stats import figures
+from tools.stats import figures_of
 from tools.targets import make_image, scratch_dir
 
 STEP = 1 << 20
@@ -48,7 +48,7 @@ def _fill(path: Path, size: int) -> None:
 
 
 def _dirty_kib(mount: Slowed) -> int:
-    return int(figures(mount.report)["BdiReclaimable"])
+    return int(figures_of(mount.report.read_text())["BdiReclaimable"])
 
 
 def _measure(mount: Slowed, plan: Plan) -> Outcome:

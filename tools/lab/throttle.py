@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tools.lab.slowed import Slowed, kernel_slowed, ours_slowed, why_not
-from tools.stats import figures
+from tools.stats import figures_of
 from tools.targets import make_image, scratch_dir
 
 SETTLE_S = 20.0
@@ -124,7 +124,7 @@ def _writing(root: Path, plan: Plan) -> Iterator[list[Connection]]:
 def _watch(report: Path, phase: Phase, until: float) -> None:
     """Look at dirty memory until a moment comes."""
     while time.monotonic() < until:
-        now = {name: int(value) for name, value in figures(report).items()}
+        now = {name: int(value) for name, value in figures_of(report.read_text()).items()}
         busy = now["BdiWriteback"] + now["BdiReclaimable"]
         phase.dirty_kib = max(phase.dirty_kib, busy)
         phase.limit_kib = now.get("DirtyLimit", now["BdiDirtyThresh"])
