@@ -178,15 +178,15 @@ async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHIN
         if pages.pages.flags[pfn] & (LOCKED | WRITEBACK):
             await pages.wait(pfn, LOCKED | WRITEBACK)
             continue
-        if any(pages.splits.split(pfn, edge) for edge in edges):
-            continue
         base, end = pages.base(pfn), pages.end(pfn)
+        inside = [edge for edge in edges if base >> 12 < edge < end >> 12]
+        if any(pages.splits.split(pfn, edge) for edge in inside):
+            continue
         page = end >> 12
-        unsplit = any(base >> 12 < edge < page for edge in edges)
         reserved, pending = pages.cut(pfn, max(base, start), min(end, stop))
         if reserved or pending:
             delalloc.forget(vol, ip, reserved, pending)
-        if (base >= start and end <= stop) or (unsplit and not pages.pages.flags[pfn] & DIRTY):
+        if (base >= start and end <= stop) or (inside and not pages.pages.flags[pfn] & DIRTY):
             pages.remove(pfn)
     pages.shadows.forget(ip.handle, start >> 12, (stop - 1) >> 12)
 

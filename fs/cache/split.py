@@ -70,14 +70,13 @@ class Splits:
         self.failed = [0] * ORDERS
 
     def split(self, pfn: int, index: int) -> bool:
-        """Have a folio begin at a page of the file that lies inside of one; False: it stays whole.
+        """Have a folio begin at a page of the file that lies inside of this; False: it stays whole.
 
-        Or it does not lie inside. Other pages of the folio are in other folios afterwards.
+        Other pages of the folio are in other folios afterwards.
         """
         pages, p = self._pages, self._pages.pages
         order, first = int(p.order[pfn]), int(p.index[pfn])
-        if not first < index < first + (1 << order):
-            return False
+        assert first < index < first + (1 << order), f"page {index} is not inside of folio {pfn}"
         node, halvings = 0, 0
         needs_node = order >= LEVEL_ORDER and index & ((1 << LEVEL_ORDER) - 1) != 0
         if needs_node:

@@ -75,6 +75,6 @@ def test_free_folios_merge(scratch: Path) -> None:
         before = cached(mount.path)
         os.truncate(path, 0)
         after = cached(mount.path)
-        assert after["merged.9"] >= before["merged.9"] + 4
+        assert after["merged.9"] > before["merged.9"]
         assert after["cached"] == after["split"] == 0
     support.assert_clean(image)
