@@ -60,10 +60,18 @@ async def read(vol: Volume, ip: Inode, offset: int, size: int) -> bytes | bytear
         addr = int(blocks.locate(pages.m4, *folios, offset, length, hint))
         if addr >= 0:
             pages.note_used(handle, offset, length)
+            _note_marker(vol, ip, length)
             return bytes(pages.view[addr : addr + length])
         return await read_slowly(vol, ip, offset, length)
     finally:
         locks.release(handle)
+
+
+def _note_marker(vol: Volume, ip: Inode, length: int) -> None:
+    """A kernel has copied for a reader of `length` bytes: he may have met readahead's marker."""
+    pfn = int(vol.pages.hint[2])
+    if pfn:
+        vol.ahead.hit(ip, int(vol.arena.pages.index[pfn]), (length + 4095) >> 12)
 
 
 async def read_slowly(vol: Volume, ip: Inode, offset: int, length: int) -> bytearray:
@@ -78,6 +86,7 @@ async def read_slowly(vol: Volume, ip: Inode, offset: int, length: int) -> bytea
         args = (at, target, at - offset, end - at, pages.hint)
         copied = int(blocks.copy_out(pages.m4, vol.arena.mem, *folios, *args))
         pages.note_used(ip.handle, at, copied)
+        _note_marker(vol, ip, end - at)
         at += copied
         if at == end:
             return result

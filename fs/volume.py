@@ -26,6 +26,7 @@ from alloc.arena import Arena
 from alloc.topology import ONE, Topology
 from fs import enomem, namespace
 from fs.cache import resident
+from fs.cache.ahead import Ahead
 from fs.cache.buf import BufCache
 from fs.cache.dentry import DentryCache
 from fs.cache.folio import PageCache
@@ -101,6 +102,7 @@ class Volume:
         self.inodes = InodeCache(self.arena, geo.inode_log)
         self.dentries = DentryCache(self.arena)
         self.pages = PageCache(self)
+        self.ahead = Ahead(self)
         self.flusher = Flusher(self.arena, self.pages, self.pages.dirty, log)
         self.flusher.avg_bandwidth = lambda: self.pages.throttle.bandwidth.avg
         words = self.arena.mem.view(np.uint32)
@@ -183,6 +185,7 @@ class Volume:
             nursery.start_soon(self._in_background, self._metadata_writer)
             nursery.start_soon(self._in_background, self.flusher.run)
             nursery.start_soon(self._in_background, self.eofblocks.run)
+        nursery.start_soon(self._in_background, self.ahead.run)
         nursery.start_soon(self._in_background, self.inodegc.run)
 
     async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -209,6 +212,7 @@ class Volume:
     async def _stop(self) -> None:
         """Write everything and mark the image clean; after a shutdown write nothing."""
         self._closing = True
+        await self.ahead.drain()
         self.space.close_stash()
         if self.read_only:
             return

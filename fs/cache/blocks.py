@@ -24,7 +24,7 @@ from numba.core import types
 from alloc.atomic import fetch_add, fetch_and, fetch_or, spin_lock, spin_unlock
 from alloc.jit import helper, kernel
 from alloc.libc import memcmp, memcpy, memset
-from alloc.page import ACTIVE, DIRTY, LOCKED, LRU, REFERENCED
+from alloc.page import ACTIVE, DIRTY, LOCKED, LRU, READAHEAD, REFERENCED
 from fs.cache import radix
 from fs.cache.incore import (
     I4_MAPPING,
@@ -123,6 +123,14 @@ def _touch(flags, pfn, out):
         fetch_or(flags, pfn, REFERENCED)
     elif flags[pfn] & (LRU | ACTIVE) == LRU:
         out[1] = pfn
+
+
+@helper
+def take_marker(flags, pfn):
+    """Whether a folio had readahead's marker, which is gone now: one reader gets it."""
+    if flags[pfn] & READAHEAD == 0:
+        return False
+    return fetch_and(flags, pfn, 0xFFFFFFFF ^ READAHEAD) & READAHEAD != 0
 
 
 @helper
@@ -245,11 +253,11 @@ def copy_out(
 ):
     """Copy from file position `pos` to target[start:start+length] as far as it is cached.
 
-    Returns bytes copied. out[1]: a folio to activate, or 0.
+    Returns bytes copied. out[1]: a folio to activate, out[2]: one that had the marker, or 0.
     """
     at = pos
     end = pos + length
-    out[1] = 0
+    out[1] = out[2] = 0
     spin_lock(m4, root + R_LOCK)
     while at < end:
         pfn = find_entry(m4, root, at >> 12)
@@ -261,6 +269,8 @@ def copy_out(
         memcpy(target, start + at - pos, mem, (pfn << 12) + at - base, ready - at)
         if ready > at:
             _touch(flags, pfn, out)
+            if take_marker(flags, pfn):
+                out[2] = pfn
         at = ready
         if ready < stop:
             break
@@ -270,9 +280,12 @@ def copy_out(
 
 @kernel("i8(u4[::1], u4[::1], u1[::1], i8[::1], u4[::1], i8, i8, i8, i8, i8[::1])")
 def locate(m4, flags, orders, indices, blocks, root, block_log, pos, length, out):
-    """Byte address of [pos, pos+length) if one folio holds all of it up to date, else -1."""
+    """Byte address of [pos, pos+length) if one folio holds all of it up to date, else -1.
+
+    `out` as copy_out has it.
+    """
     address = np.int64(-1)
-    out[1] = 0
+    out[1] = out[2] = 0
     spin_lock(m4, root + R_LOCK)
     pfn = find_entry(m4, root, pos >> 12)
     if pfn != 0:
@@ -282,6 +295,8 @@ def locate(m4, flags, orders, indices, blocks, root, block_log, pos, length, out
         if inside and readable(blocks, pfn, base, block_log, pos, end) == end:
             address = (pfn << 12) + pos - base
             _touch(flags, pfn, out)
+            if take_marker(flags, pfn):
+                out[2] = pfn
     spin_unlock(m4, root + R_LOCK)
     return address
 
@@ -398,6 +413,12 @@ def redirty(m4, m8, flags, orders, indices, blocks, counts, root, pfn, block_log
 def set_flags(flags, pfn, bits):
     """Set page flags of a folio."""
     fetch_or(flags, pfn, bits)
+
+
+@kernel("b1(u4[::1], i8)")
+def marker_taken(flags, pfn):
+    """take_marker for tasks."""
+    return take_marker(flags, pfn)
 
 
 @kernel("void(u4[::1], i8, i8)")

@@ -160,6 +160,12 @@ class PageCache:
         """pfn of the first folio (with the tag) that touches [index, last], or 0."""
         return int(radix.find_next(*self._tree, self.root(handle), index, last, tag))
 
+    def cached_run(self, handle: int, index: int, step: int, most: int) -> int:
+        """How many pages from `index` on, up (1) or down (-1), are cached; `most` at most."""
+        p = self.pages
+        args = (self.m4, p.order, p.index, self.root(handle), index, step, most)
+        return int(radix.cached_run(*args))
+
     def gang(self, handle: int, index: int, last: int, tag: int = radix.ANY) -> list[int]:
         """Up to 256 folios that touch [index, last], ascending."""
         p = self.pages

@@ -27,17 +27,18 @@ SPACE = np.dtype(
         ("delalloc", "<u4"),  # fs blocks reserved for dirty data that has none of its own yet
         ("pending", "<u4"),  # dirty fs blocks whose write-back changes the extent map
         ("indirect", "<u4"),  # fs blocks reserved for the extent tree that may need them
-        ("ra_order", "<u4"),  # readahead: folio order of the last window
+        ("ra_order", "u1"),  # readahead (fs/cache/window.py): folio order of the last window
+        ("ra_run", "u1"),  # misses in a row that were ra_step apart
+        ("ra_step", "<i2"),  # pages between the last two misses
         ("ra_start", "<u8"),  # first page of the last window
-        ("ra_pages", "<u4"),  # its length
+        ("ra_pages", "<u2"),  # its length
+        ("ra_async", "<u2"),  # how many of them lie behind its marker, that page included
         ("map_seq", "<u4"),  # goes up with every change of the extent map
         ("mempolicy", "<u4"),  # where its folios lie (alloc/mempolicy.py); 0: as the mount says
+        ("ra_behind", "<u4"),  # the page behind the last that a miss asked for, its lower bits
     ]
 )
-MAPPING = np.dtype(
-    [(name, d[name]) for d in (ROOT, STATE, SPACE) for name in (d.names or ())]
-    + [("pad", "u1", (4,))]
-)
+MAPPING = np.dtype([(name, d[name]) for d in (ROOT, STATE, SPACE) for name in (d.names or ())])
 assert MAPPING.itemsize == 96
 
 

@@ -445,6 +445,25 @@ def find(m4, root, index):
     return pfn
 
 
+@kernel("i8(u4[::1], u1[::1], i8[::1], i8, i8, i8, i8)")
+def cached_run(m4, orders, indices, root, index, step, most):
+    """How many pages from `index` on are cached, up (step 1) or down (-1); `most` at most."""
+    n = np.int64(0)
+    spin_lock(m4, root + R_LOCK)
+    while n < most and index >= 0:
+        pfn = find_entry(m4, root, index)
+        if pfn == 0:
+            break
+        first = indices[pfn]
+        run = index - first + 1
+        if step > 0:
+            run = first + (np.int64(1) << np.int64(orders[pfn])) - index
+        n += run
+        index += step * run
+    spin_unlock(m4, root + R_LOCK)
+    return min(n, most)
+
+
 @kernel("i8(u4[::1], u8[::1], u1[::1], i8, i8, i8, i8)")
 def find_next(m4, m8, orders, root, index, last, tag):
     """pfn of the first folio with an index in [index, last] and the tag (ANY: all), or 0."""

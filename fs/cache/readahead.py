@@ -1,10 +1,7 @@
-"""Reading file data into the page cache: how much, in which folios, and from where.
+"""Reading file data into the page cache: in which folios, and from where.
 
-The window starts small and grows while reads stay sequential, as Linux's does; folio orders grow
-by two with each window. A read that follows nothing takes exactly what it asked for. The kernel's
-own read-ahead has several requests under way, which overtake each other on their way here: a miss
-a little behind the last window continues it, and one inside it leaves it as it is. Holes and
-unwritten extents get no folio of their own: readers see zeros without one.
+How much is the business of `fs/cache/window.py`; `fs/cache/ahead.py` reads what nobody waits for.
+Holes and unwritten extents get no folio of their own: readers see zeros without one.
 
 Folios are put in LOCKED and looked up in the extent map afterwards: from then on nothing in them
 can become dirty, so what the map says stays true until they are unlocked. The caller holds the
@@ -16,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from alloc import gfp, lockdep
-from alloc.page import LOCKED
+from alloc.page import LOCKED, READAHEAD
 from fs import mapread
+from fs.cache import blocks
 from fs.cache.blocks import MAPPED, UPTODATE
 from fs.cache.lock import FOLIO_LOCKED
 from fs.device.base import Views
@@ -30,10 +28,8 @@ from fs.xfs import layout as L
 if TYPE_CHECKING:
     from fs.cache.folio import PageCache
     from fs.cache.inode import Inode
+    from fs.cache.window import Window
     from fs.volume import Volume
-
-WINDOW_PAGES = 256  # 1 MiB: one FUSE request of the largest size
-WINDOW_SHARE = 32  # and at most 1/32 of memory
 
 Piece = tuple[int, int, int]  # device offset in bytes or -1 for zeros, address in memory, bytes
 
@@ -76,41 +72,6 @@ class Windows:
         return sum(1 << int(self._pages.pages.order[pfn]) for pfn in self._spare(locked))
 
 
-def first_window(pages: int, most: int) -> int:
-    """Pages of the first window of a sequential reader who asked for `pages`."""
-    size = 1 << (pages - 1).bit_length()
-    if size <= most // 32:
-        return size * 4
-    return size * 2 if size <= most // 4 else most
-
-
-def next_window(pages: int, most: int) -> int:
-    """Pages of the window after one of `pages`."""
-    if pages < most // 16:
-        return pages * 4
-    return pages * 2 if pages <= most // 2 else most
-
-
-def choose(vol: Volume, ip: Inode, index: int, wanted: int) -> tuple[int, int]:
-    """(pages, folio order) to read at a miss on page `index` by a reader who wants `wanted`."""
-    state: Any = vol.pages.state(ip.handle)
-    most = max(min(WINDOW_PAGES, vol.arena.nr_pages // WINDOW_SHARE), 1)
-    start, size, order = int(state["ra_start"]), int(state["ra_pages"]), int(state["ra_order"])
-    end = start + size
-    if index and start <= index < end:  # overtaken, or what was read had to end early
-        continues = vol.pages.find(ip.handle, index - 1)
-        return end - index if continues else wanted, max(order, vol.pages.order_min)
-    start = index
-    if index and end <= index < end + size:
-        start, pages, order = end, next_window(size, most), order + 2
-    else:
-        pages, order = wanted if index else first_window(wanted, most), 0
-    pages = max(pages, index - start + min(wanted, most))
-    order = min(order, vol.pages.order_max, pages.bit_length() - 1)
-    state["ra_start"], state["ra_pages"], state["ra_order"] = start, pages, order
-    return start + pages - index, max(order, vol.pages.order_min)
-
-
 async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     """Bring file data at `pos`, and what readahead wants behind it, into the cache.
 
@@ -120,24 +81,45 @@ async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     pages = vol.pages
     index = pos >> 12
     pages.may_wait(LOCKED)
+    wanted = ((end - 1) >> 12) - index + 1
     pfn = pages.find(ip.handle, index)
     if pfn and pages.is_locked(pfn):
+        vol.ahead.look(ip, pfn, wanted)
         await pages.wait(pfn, LOCKED)
         return pos
-    wanted = ((end - 1) >> 12) - index + 1
-    count, order = choose(vol, ip, index, wanted)
-    last_page = (ip.size - 1) >> 12
-    stop = min(index + count, last_page + 1)
+    window = vol.ahead.miss(ip, index, wanted)
+    stop = _stop(ip, window)
     sequence = int(pages.columns["map_seq"][ip.handle])
     hole = await _zeros_at(vol, ip, pos, stop << 12)
     if hole > pos:
         return hole
     found = await _lookup(vol, ip, index << 12, stop << 12)
-    locked = await _take_folios(vol, ip, index, stop, order, found)
+    locked = await _take_folios(vol, ip, index, stop, window, found)
     if locked:
         with lockdep.holding(FOLIO_LOCKED):
             await _read_folios(vol, ip, locked, found, sequence)
     return pos
+
+
+async def read_window(vol: Volume, ip: Inode, window: Window) -> None:
+    """Bring a window that nobody asked for into the cache, as far as memory comes easily.
+
+    Raises OSError(EIO), Corrupt.
+    """
+    stop = _stop(ip, window)
+    if window.start >= stop:
+        return
+    sequence = int(vol.pages.columns["map_seq"][ip.handle])
+    found = await _lookup(vol, ip, window.start << 12, stop << 12)
+    locked = await _take_folios(vol, ip, -1, stop, window, found)
+    if locked:
+        with lockdep.holding(FOLIO_LOCKED):
+            await _read_folios(vol, ip, locked, found, sequence)
+
+
+def _stop(ip: Inode, window: Window) -> int:
+    """The page behind a window, or behind the file if that ends before."""
+    return min(window.start + window.pages, (ip.size - 1 >> 12) + 1)
 
 
 async def _lookup(vol: Volume, ip: Inode, start: int, end: int) -> list[bmap.Mapping]:
@@ -193,15 +175,17 @@ def _next_data(vol: Volume, page: int, found: list[bmap.Mapping]) -> int:
 
 
 async def _take_folios(
-    vol: Volume, ip: Inode, index: int, stop: int, order: int, found: list[bmap.Mapping]
+    vol: Volume, ip: Inode, index: int, stop: int, window: Window, found: list[bmap.Mapping]
 ) -> list[int]:
-    """Lock the folios of pages [index, stop) that must be read, making those that are missing.
+    """Lock the folios of a window up to page `stop` that must be read, making what is missing.
 
-    The first is made with full effort, the others only if memory comes easily.
+    That of page `index`, where it begins unless that is -1, is made with full effort, the others
+    only if memory comes easily. A new one over the window's mark gets the marker.
     """
     pages = vol.pages
+    order = max(window.order, pages.order_min)
     locked: list[int] = []
-    page = index
+    page = index if index >= 0 else window.start
     while page < stop:
         pfn = pages.find(ip.handle, page)
         if pfn:
@@ -225,6 +209,8 @@ async def _take_folios(
                 pfn = pages.try_add(ip.handle, page, fit, LOCKED)
             if not pfn:
                 break
+        if pages.base(pfn) >> 12 <= window.mark < pages.end(pfn) >> 12:
+            blocks.set_flags(pages.pages.flags, pfn, READAHEAD)
         locked.append(pfn)
         page = pages.end(pfn) >> 12
     return locked

@@ -176,6 +176,8 @@ class Desk:
             self._release(a, entry[S.E_B])
         elif kind == S.K_FORGET:
             self._front.ops.forgotten(a, entry[S.E_C])
+        elif kind == S.K_MARKER:
+            self._vol.ahead.hit_in(a, entry[S.E_B], entry[S.E_C])
         else:
             self._forget_many(a)
         return False

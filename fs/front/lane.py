@@ -49,6 +49,7 @@ from fs.front.lanestate import (
     HIST_BUCKETS,
     K_FORGET,
     K_FORGETS,
+    K_MARKER,
     K_PARKED,
     K_RELEASE,
     M_DONE,
@@ -59,6 +60,8 @@ from fs.front.lanestate import (
     M_LEFT,
     M_LEN,
     M_LOCKED,
+    M_MARKED,
+    M_MARKED_INO,
     M_NUMBER,
     M_PAYLOAD,
     M_PAYLOAD_ORDER,
@@ -256,6 +259,14 @@ def _forget_many(l):
 
 
 @helper
+def _post_marker(l):
+    """The READ came upon readahead's marker: trio reads the next window."""
+    pages = (u32(l, RW_SIZE) + PAGE_SIZE - 1) >> PAGE_SHIFT
+    _post(l, K_MARKER, l.me[M_MARKED_INO], l.me[M_MARKED] - 1, pages)
+    l.me[M_MARKED] = 0
+
+
+@helper
 def _take(l, op):
     """What becomes of a request, by its opcode: ANSWERED, PARK, FORWARD or BROKEN."""
     way = WAY[op]
@@ -267,6 +278,8 @@ def _take(l, op):
         rcu_enter(l.rcu, l.me[M_NUMBER])
         code = _serve(l, op)
         rcu_exit(l.rcu, l.me[M_NUMBER])
+        if l.me[M_MARKED] != 0:
+            _post_marker(l)
     elif way == O_PARK:
         code = np.int64(PARK)
     elif way == O_RELEASE:

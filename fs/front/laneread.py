@@ -24,12 +24,13 @@ from alloc.libc import address, memcpy, realtime_ns, writev
 from alloc.page import PAGE_SHIFT
 from alloc.touches import touch
 from fs.buffered import OWN
-from fs.cache.blocks import readable
+from fs.cache.blocks import readable, take_marker
 from fs.cache.incore import (
     I4_MAPPING,
     I4_MODE_FLAGS,
     I8_ATIME,
     I8_CTIME,
+    I8_INO,
     I8_MTIME,
     I8_SIZE,
     INODE_LONGS,
@@ -63,6 +64,8 @@ from fs.front.lanestate import (
     M_HOME,
     M_LEN,
     M_LOCKED,
+    M_MARKED,
+    M_MARKED_INO,
     M_REASON,
     N_PAYLOAD,
     PARK,
@@ -178,7 +181,10 @@ def _collect(l, handle, at, end):
 
 @helper
 def _release(l, n):
-    """Drop the references behind n pieces; a use of each folio is noted first."""
+    """Drop the references behind n pieces; a use of each folio is noted first.
+
+    me[M_MARKED] tells of a marker among them.
+    """
     start = address(l.mem, 0)
     last = np.int64(0)
     for i in range(1, n):
@@ -186,6 +192,8 @@ def _release(l, n):
         pfn = page & -(np.int64(1) << np.int64(l.order[page]))
         if page != 0 and pfn != last:
             last = pfn
+            if take_marker(l.flags, pfn):
+                l.me[M_MARKED] = l.index[pfn] + 1
             mark_accessed(l, pfn)
             touch(l.words, l.free_low, pfn, l.me[M_HOME])
             put_folio(l, pfn)
@@ -238,6 +246,7 @@ def _send(l, n, nbytes):
 @helper
 def read_locked(l, handle, pos, size, times):
     """Answer a READ whose inode is IOLOCKed, or PARK; me[M_DONE] is then what was there of it."""
+    l.me[M_MARKED] = 0
     end = min(pos + size, l.s8[handle * INODE_LONGS + I8_SIZE])
     if end <= pos:
         return _send(l, 1, 0)
@@ -271,6 +280,7 @@ def serve_read(l):
     if pos < 0 or not lock_file(l, handle, True):
         return park(l, R_LOCKED)
     code = read_locked(l, handle, pos, size, True)
+    l.me[M_MARKED_INO] = l.s8[handle * INODE_LONGS + I8_INO]
     unlock_file(l, handle, True)
     ring(l)
     return code if code == ANSWERED else park(l, l.me[M_REASON])

@@ -28,6 +28,7 @@ from fs.front.lanestate import (
     M_DONE,
     M_ENTRY,
     M_FD,
+    M_MARKED,
     M_SLOT,
     S_ADDR,
     S_DONE,
@@ -81,7 +82,10 @@ async def _read_held(
     while True:
         lane.me[M_SLOT], lane.me[M_FD] = slot, front.slots[slot, S_FD]
         lane.me[M_ENTRY] = front.slots[slot, S_ENTRY]
-        if send(lane, ip.handle, offset, size) == ANSWERED:
+        code = send(lane, ip.handle, offset, size)
+        if lane.me[M_MARKED]:
+            vol.ahead.hit(ip, int(lane.me[M_MARKED]) - 1, (size + 4095) >> 12)
+        if code == ANSWERED:
             return None
         at = offset + int(lane.me[M_DONE])
         if at <= reached:  # what was filled is gone again, or its map is a tree

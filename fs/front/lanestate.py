@@ -55,8 +55,9 @@ G_WORDS = 16
 
 # ring entries: 8 words
 E_SEQ, E_KIND, E_A, E_B, E_C, E_TIME = 0, 1, 2, 3, 4, 5
-# A: slot | fh | nodeid | slot with a BATCH_FORGET; B: - | opcode | count | -
-K_PARKED, K_RELEASE, K_FORGET, K_FORGETS = 1, 2, 3, 4
+# A: slot | fh | nodeid | slot with a BATCH_FORGET | ino; B: - | opcode | count | - | page index
+# C: - | - | count | - | pages that the reader wants
+K_PARKED, K_RELEASE, K_FORGET, K_FORGETS, K_MARKER = 1, 2, 3, 4, 5
 
 # slots: 8 words for each parked-request buffer
 S_ADDR = 0  # byte address in the arena of 8 KiB: the message without a large payload
@@ -96,7 +97,9 @@ M_TURNS = 21  # requests read
 M_BUSY = 22  # M_TIME when M_TURNS was last a multiple of BUSY_TURNS
 M_ROW = 23  # the row of free pages and objects (alloc/rows.py) that it uses
 M_HOME = 24  # the node that it is at home on
-M_WORDS = 25
+M_MARKED = 25  # READ: page index + 1 of a folio on which it found readahead's marker, or 0
+M_MARKED_INO = 26  # the file's
+M_WORDS = 27
 
 # uring: words of one lane's io_uring; "at" is a byte address in the arena (fs/front/lanequeue.py)
 U_FD = 0

@@ -157,6 +157,9 @@ class Desk(park.Front):
         """Serve the message in the lane; the code."""
         code = int(try_read(self.lane) if op == READ else try_write(self.lane))
         self.codes["answered" if code == S.ANSWERED else self.reason] += 1
+        if op == READ and self.lane.me[S.M_MARKED]:
+            marked = self.lane.me[[S.M_MARKED_INO, S.M_MARKED]].tolist()
+            self.vol.ahead.hit_in(marked[0], marked[1] - 1, 1)
         self.answer_bells()
         return code
 

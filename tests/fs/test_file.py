@@ -116,6 +116,7 @@ async def test_random_use_equals_a_bytearray(
 
 async def drop_caches(vol: Volume) -> None:
     """Write everything and evict every folio."""
+    await vol.ahead.settle()
     await vol.flusher.sync()
     for _ in range(4):
         vol.arena.reclaim.shrink_all(0, gfp.KERNEL, "direct", 1 << 20)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alloc import gfp
 from alloc.page import DIRTY, LOCKED, WRITEBACK
 from fs import delalloc, file
-from fs.cache import blocks, gather, mapping, radix, readahead
+from fs.cache import blocks, gather, mapping, radix, window
 from fs.cache.folio import ORDER_MAX, write_order
 from fs.cache.incore import I4_MAPPING, I8_SIZE, INODE
 from fs.cache.mapping import W_DELALLOC, W_FLAGS, W_INDIRECT, W_NDIRTY, W_PENDING
@@ -73,13 +73,13 @@ def test_orders_respect_the_smallest_and_the_largest() -> None:
 
 
 def test_golden_readahead_windows() -> None:
-    sizes = [readahead.first_window(1, 256)]
+    sizes = [window.first_window(1, 256)]
     while sizes[-1] < 256:
-        sizes.append(readahead.next_window(sizes[-1], 256))
+        sizes.append(window.next_window(sizes[-1], 256))
     assert sizes == [4, 16, 32, 64, 128, 256]
-    assert readahead.first_window(1, 32) == 4
-    assert readahead.first_window(8, 32) == 16
-    assert readahead.first_window(9, 32) == 32
+    assert window.first_window(1, 32) == 4
+    assert window.first_window(8, 32) == 16
+    assert window.first_window(9, 32) == 32
 
 
 # -- on a volume -------------------------------------------------------------------------------

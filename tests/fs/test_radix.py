@@ -151,6 +151,10 @@ class Tree:
         args = (self.m4, self.m8, self.orders, self.indices, ROOT_WORD, index, last, tag, out)
         return [int(x) for x in out[: radix.gang(*args)]]
 
+    def cached_run(self, index: int, step: int, most: int) -> int:
+        args = (self.m4, self.orders, self.indices, ROOT_WORD, index, step, most)
+        return int(radix.cached_run(*args))
+
     def mark(self, index: int, tag: int, value: int) -> None:
         radix.mark(self.m4, self.m8, self.orders, ROOT_WORD, index, tag, value)
 
@@ -179,6 +183,12 @@ class Model:
             if start <= index < start + (1 << order):
                 return start
         return None
+
+    def cached_run(self, index: int, step: int, most: int) -> int:
+        n = 0
+        while n < most and self.over(index + n * step) is not None:
+            n += 1
+        return n
 
     def touching(self, index: int, last: int, tag: int) -> list[int]:
         return [
@@ -324,6 +334,8 @@ def apply_step(tree: Tree, model: Model, step: tuple[str, int, int, int]) -> Non
         last = index + order * 100
         for which in (radix.ANY, 0, 1, 2):
             assert tree.gang(index, last, which) == model.touching(index, last, which)
+        for run in ((index, 1, last - index), (index, -1, 40)):
+            assert tree.cached_run(*run) == model.cached_run(*run)
 
 
 @settings(max_examples=60, deadline=None)

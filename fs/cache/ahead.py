@@ -1,0 +1,116 @@
+"""Readahead that nobody waits for: a task for each window, from its marker to its last page.
+
+Whoever meets a marker tells (`hit`): a reader on the trio thread directly, a lane through the ring.
+What the window is, is decided there and then, so that whoever misses one of its pages before the
+task has begun sees that it is the window's, and reads it himself.
+
+A task holds the inode and, shared, its IOLOCK, which it only tries: a writer goes first, and so do
+readers for memory, of which it takes what comes easily. A window may fail or stay unread without
+anybody's harm; whoever wants its pages reads them, and meets the errors. The end of a mount waits
+for tasks (`drain`). Trio thread only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from fs.cache import blocks
+from fs.cache.readahead import read_window
+from fs.cache.window import Stream, Window, most_pages
+from fs.errors import Corrupt
+
+if TYPE_CHECKING:
+    from fs.cache.inode import Inode
+    from fs.volume import Volume
+
+
+class Ahead:
+    """The windows of one volume."""
+
+    def __init__(self, vol: Volume) -> None:
+        self._vol = vol
+        self._nursery: trio.Nursery | None = None  # while windows are read
+        self._ended = trio.Event()
+        self._running = 0
+        self._most = most_pages(vol.arena.nr_pages)
+
+    async def run(self) -> None:
+        """Read windows for the volume's life."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    async def drain(self) -> None:
+        """Begin no more windows, and wait for those that are being read."""
+        self._nursery = None
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Wait until no window is being read."""
+        while self._running:
+            self._ended = trio.Event()
+            await self._ended.wait()
+
+    def _stream(self, ip: Inode) -> Stream:
+        pages, handle, most = self._vol.pages, ip.handle, self._most
+        return Stream(
+            pages.state(handle), most, pages.order_max,
+            lambda index, step: pages.cached_run(handle, index, step, most),
+        )  # fmt: skip
+
+    def miss(self, ip: Inode, index: int, wanted: int) -> Window:
+        """What a reader is to read who wants `wanted` pages and has to wait for the first."""
+        window, others = self._stream(ip).miss(index, wanted)
+        for other in others:
+            self._begin(ip, other)
+        return window
+
+    def hit(self, ip: Inode, index: int, wanted: int) -> None:
+        """A reader who wants `wanted` pages has met, and taken, the marker on page `index`."""
+        pages = self._vol.pages
+        pfn = pages.find(ip.handle, index)
+        size = 1 << int(pages.pages.order[pfn]) if pfn else 1
+        window = self._stream(ip).hit(index, size, wanted)
+        if window is not None:
+            self._begin(ip, window)
+
+    def hit_in(self, ino: int, index: int, wanted: int) -> None:
+        """A lane has; the file may be gone by now."""
+        ip = self._vol.inodes.find(ino)
+        if ip is not None:
+            self.hit(ip, index, wanted)
+            self._vol.inodes.put(ip)
+
+    def look(self, ip: Inode, pfn: int, wanted: int) -> None:
+        """A reader waits for a folio: take the marker, if it has that."""
+        pages = self._vol.pages.pages
+        if blocks.marker_taken(pages.flags, pfn):
+            self.hit(ip, int(pages.index[pfn]), wanted)
+
+    def _begin(self, ip: Inode, window: Window) -> None:
+        vol = self._vol
+        if self._nursery is None or window.start << 12 >= ip.size:
+            return
+        vol.inodes.hold(ip.handle)
+        self._running += 1
+        self._nursery.start_soon(self._read, ip, window)
+
+    async def _read(self, ip: Inode, window: Window) -> None:
+        vol = self._vol
+        try:
+            if vol.iolocks.try_acquire(ip.handle, True):
+                try:
+                    await read_window(vol, ip, window)
+                finally:
+                    vol.iolocks.release(ip.handle)
+        except (OSError, Corrupt):
+            pass  # who reads it meets that again
+        finally:
+            vol.inodes.put(ip)
+            self._running -= 1
+            self._ended.set()
