@@ -8,6 +8,9 @@ A task holds the inode and, shared, its IOLOCK, which it only tries: a writer go
 readers for memory, of which it takes what comes easily. A window may fail or stay unread without
 anybody's harm; whoever wants its pages reads them, and meets the errors. The end of a mount waits
 for tasks (`drain`). Trio thread only.
+
+Windows that are evicted before they are used only do harm: each halves the size that windows of the
+volume may have, and each window that is begun adds a page to it again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import trio
 
 from fs.cache import blocks
 from fs.cache.readahead import read_window
-from fs.cache.window import Stream, Window, most_pages
+from fs.cache.window import WINDOW_LEAST, Stream, Window, most_pages
 from fs.errors import Corrupt
 
 if TYPE_CHECKING:
@@ -34,7 +37,16 @@ class Ahead:
         self._nursery: trio.Nursery | None = None  # while windows are read
         self._ended = trio.Event()
         self._running = 0
-        self._most = most_pages(vol.arena.nr_pages)
+        self._ceiling = self._most = self._request_most = most_pages(vol.arena.nr_pages)
+        self._waited = self._begun = self._skipped = self._evicted = 0
+        for name, read in {
+            "readahead_waited": lambda: self._waited,  # windows that began with a miss
+            "readahead_begun": lambda: self._begun,  # ahead of their reader
+            "readahead_skipped": lambda: self._skipped,  # of those: a writer had the file
+            "readahead_evicted": lambda: self._evicted,  # before they were used
+            "readahead_pages_max": lambda: self._most,
+        }.items():
+            vol.arena.vmstat.gauge(name, read)
 
     async def run(self) -> None:
         """Read windows for the volume's life."""
@@ -56,8 +68,9 @@ class Ahead:
             self._ended = trio.Event()
             await self._ended.wait()
 
-    def _stream(self, ip: Inode) -> Stream:
-        pages, handle, most = self._vol.pages, ip.handle, self._most
+    def _stream(self, ip: Inode, wanted: int = 1) -> Stream:
+        """Who reads a file now, and wants so much: a window is never less than a request."""
+        pages, handle, most = self._vol.pages, ip.handle, max(self._most, wanted)
         return Stream(
             pages.state(handle), most, pages.order_max,
             lambda index, step: pages.cached_run(handle, index, step, most),
@@ -65,17 +78,27 @@ class Ahead:
 
     def miss(self, ip: Inode, index: int, wanted: int) -> Window:
         """What a reader is to read who wants `wanted` pages and has to wait for the first."""
-        window, others = self._stream(ip).miss(index, wanted)
+        self._waited += 1
+        wanted = min(wanted, self._request_most)
+        if self._stream(ip).had(index) and self._vol.pages.was_evicted(ip.handle, index):
+            self._evicted += 1
+            self._most = max(self._most // 2, min(WINDOW_LEAST, self._ceiling))
+            return self._stream(ip, wanted).shrink(index, wanted)
+        window, others = self._stream(ip, wanted).miss(index, wanted)
         for other in others:
             self._begin(ip, other)
         return window
 
+    def taken(self, ip: Inode, index: int, window: Window) -> None:
+        """A window's folios from page `index` on are in the cache, LOCKED."""
+        self._stream(ip).taken(index, window)
+
     def hit(self, ip: Inode, index: int, wanted: int) -> None:
         """A reader who wants `wanted` pages has met, and taken, the marker on page `index`."""
-        pages = self._vol.pages
+        pages, wanted = self._vol.pages, min(wanted, self._request_most)
         pfn = pages.find(ip.handle, index)
         size = 1 << int(pages.pages.order[pfn]) if pfn else 1
-        window = self._stream(ip).hit(index, size, wanted)
+        window = self._stream(ip, wanted).hit(index, size, wanted)
         if window is not None:
             self._begin(ip, window)
 
@@ -97,6 +120,8 @@ class Ahead:
         if self._nursery is None or window.start << 12 >= ip.size:
             return
         vol.inodes.hold(ip.handle)
+        self._begun += 1
+        self._most = min(self._most + 1, self._ceiling)
         self._running += 1
         self._nursery.start_soon(self._read, ip, window)
 
@@ -108,6 +133,8 @@ class Ahead:
                     await read_window(vol, ip, window)
                 finally:
                     vol.iolocks.release(ip.handle)
+            else:
+                self._skipped += 1
         except (OSError, Corrupt):
             pass  # who reads it meets that again
         finally:

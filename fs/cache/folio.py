@@ -160,6 +160,10 @@ class PageCache:
         """pfn of the first folio (with the tag) that touches [index, last], or 0."""
         return int(radix.find_next(*self._tree, self.root(handle), index, last, tag))
 
+    def was_evicted(self, handle: int, index: int) -> bool:
+        """Whether a page was cached until reclaim took it."""
+        return bool(radix.was_evicted(self.m4, self.root(handle), index))
+
     def cached_run(self, handle: int, index: int, step: int, most: int) -> int:
         """How many pages from `index` on, up (1) or down (-1), are cached; `most` at most."""
         p = self.pages

@@ -27,7 +27,7 @@ SPACE = np.dtype(
         ("delalloc", "<u4"),  # fs blocks reserved for dirty data that has none of its own yet
         ("pending", "<u4"),  # dirty fs blocks whose write-back changes the extent map
         ("indirect", "<u4"),  # fs blocks reserved for the extent tree that may need them
-        ("ra_order", "u1"),  # readahead (fs/cache/window.py): folio order of the last window
+        ("ra_order", "u1"),  # readahead (fs/cache/window.py): order of the last window, and TAKEN
         ("ra_run", "u1"),  # misses in a row that were ra_step apart
         ("ra_step", "<i2"),  # pages between the last two misses
         ("ra_start", "<u8"),  # first page of the last window

@@ -80,8 +80,8 @@ def is_shadow(entry):
 
 
 @helper
-def find_entry(m4, root, index):
-    """pfn of the folio over `index`, or 0."""
+def slot_entry(m4, root, index):
+    """What the tree has over `index`: a pfn, a shadow, or 0."""
     node = np.int64(m4[root + R_NODE])
     shift = (np.int64(m4[root + R_HEIGHT]) - 1) * 6
     if node == 0 or index >> (shift + 6) != 0:
@@ -89,9 +89,16 @@ def find_entry(m4, root, index):
     while True:
         entry = np.int64(m4[node * WORDS + ((index >> shift) & 63)])
         if entry & NODE_BIT == 0:
-            return np.int64(0) if is_shadow(entry) else entry
+            return entry
         node = entry ^ NODE_BIT
         shift -= 6
+
+
+@helper
+def find_entry(m4, root, index):
+    """pfn of the folio over `index`, or 0."""
+    entry = slot_entry(m4, root, index)
+    return np.int64(0) if is_shadow(entry) else entry
 
 
 @helper
@@ -443,6 +450,15 @@ def find(m4, root, index):
     pfn = find_entry(m4, root, index)
     spin_unlock(m4, root + R_LOCK)
     return pfn
+
+
+@kernel("b1(u4[::1], i8, i8)")
+def was_evicted(m4, root, index):
+    """Whether the page was cached until reclaim took it."""
+    spin_lock(m4, root + R_LOCK)
+    entry = slot_entry(m4, root, index)
+    spin_unlock(m4, root + R_LOCK)
+    return is_shadow(entry)
 
 
 @kernel("i8(u4[::1], u1[::1], i8[::1], i8, i8, i8, i8)")

@@ -96,6 +96,7 @@ async def fill(vol: Volume, ip: Inode, pos: int, end: int) -> int:
     found = await _lookup(vol, ip, index << 12, stop << 12)
     locked = await _take_folios(vol, ip, index, stop, window, found)
     if locked:
+        vol.ahead.taken(ip, index, window)
         with lockdep.holding(FOLIO_LOCKED):
             await _read_folios(vol, ip, locked, found, sequence)
     return pos
@@ -113,6 +114,7 @@ async def read_window(vol: Volume, ip: Inode, window: Window) -> None:
     found = await _lookup(vol, ip, window.start << 12, stop << 12)
     locked = await _take_folios(vol, ip, -1, stop, window, found)
     if locked:
+        vol.ahead.taken(ip, window.start, window)
         with lockdep.holding(FOLIO_LOCKED):
             await _read_folios(vol, ip, locked, found, sequence)
 

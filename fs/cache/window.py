@@ -7,11 +7,12 @@ cached pages, more of them than are asked for, it goes on as far as those reach 
 streams are told apart which share a file, for there is one window in a mapping. What follows
 nothing is read as it was asked for and leaves the window alone.
 
-Three rules are ours. The kernel in front of us has several requests under way, which overtake each
+Four rules are ours. The kernel in front of us has several requests under way, which overtake each
 other: a miss a little behind the last window continues it, one inside it reads its rest. Misses at
 one distance (backwards, or every n-th record) have the next places read ahead, two at first, then
 twice as many each time. "The last miss" is where Linux has the last read, which a lane answers
-without telling anybody; of its page only 32 bits are kept.
+without telling anybody; of its page only 32 bits are kept. A window that was evicted before anybody
+read it (its pages left shadows) is read again at half its size (`shrink`).
 
 Numbers are pages. Trio thread only; decisions await nothing, and are right for one moment: what
 comes of them looks at everything again.
@@ -24,7 +25,9 @@ from typing import Any, NamedTuple
 
 WINDOW_PAGES = 256  # 1 MiB: one FUSE request of the largest size
 WINDOW_SHARE = 32  # and at most 1/32 of memory
+WINDOW_LEAST = 4
 PAGE_HALF, PAGE_MASK = 1 << 31, (1 << 32) - 1
+TAKEN = 1 << 7  # in ra_order: folios for the window, from its start on, have been in the cache
 STEP_MOST = (1 << 15) - 1
 RUN_MOST = 8
 
@@ -59,7 +62,7 @@ def next_window(pages: int, most: int) -> int:
 
 
 class Stream:
-    """Who reads one file, as its mapping's record `state` knows him.
+    """Who reads one file, as its mapping's record `state` knows him. Nobody wants more than `most`.
 
     `cached(index, step)` says how many pages from `index` on, up (1) or down (-1), are cached, at
     most as many as the largest window has.
@@ -73,7 +76,7 @@ class Stream:
         self._order_max = order_max
         self._cached = cached
         self._start, self._pages = int(state["ra_start"]), int(state["ra_pages"])
-        self._order, self._async = int(state["ra_order"]), int(state["ra_async"])
+        self._order, self._async = int(state["ra_order"]) & ~TAKEN, int(state["ra_async"])
 
     @property
     def _end(self) -> int:
@@ -87,9 +90,23 @@ class Stream:
         state["ra_order"], state["ra_async"] = order, behind
         return Window(start, pages, order, start + pages - behind)
 
+    def taken(self, index: int, window: Window) -> None:
+        """There are folios for a window now, from page `index` on."""
+        if (index, window.pages) == (self._start, self._pages):
+            self._state["ra_order"] |= TAKEN
+
+    def had(self, index: int) -> bool:
+        """Whether a page was read in the window that there is."""
+        return self._start <= index < self._end and bool(self._state["ra_order"] & TAKEN)
+
+    def shrink(self, index: int, wanted: int) -> Window:
+        """The window was evicted before it was used, from page `index` on: half of it at once."""
+        pages = max(min(self._pages // 2, self._most), wanted)
+        self._state["ra_behind"] = index + wanted & PAGE_MASK
+        return self._set(index, pages, 0, pages - wanted or pages)
+
     def miss(self, index: int, wanted: int) -> tuple[Window, list[Window]]:
         """Page `index` is not cached and a reader wants `wanted`: what he waits for, what not."""
-        wanted = min(wanted, self._most)
         end, before = index + wanted, int(self._state["ra_behind"])
         self._state["ra_behind"] = end & PAGE_MASK
         if index and self._start <= index < self._end + self._pages:

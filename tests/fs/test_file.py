@@ -198,6 +198,7 @@ async def test_requests_that_overtake_each_other_are_sequential(
         assert sum(sizes) == len(content)
         assert len(sizes) < 64  # about 25, by the order in which trio runs the readers
         assert max(sizes) >= 512 << 10
+        assert vol.arena.vmstat["readahead_evicted"] == 0, "of what is read; shadows there are"
 
 
 async def test_readers_of_one_folio_share_its_read(

@@ -334,8 +334,9 @@ def apply_step(tree: Tree, model: Model, step: tuple[str, int, int, int]) -> Non
         last = index + order * 100
         for which in (radix.ANY, 0, 1, 2):
             assert tree.gang(index, last, which) == model.touching(index, last, which)
-        for run in ((index, 1, last - index), (index, -1, 40)):
-            assert tree.cached_run(*run) == model.cached_run(*run)
+        for page in range(index, index + 99, 9):
+            evicted = radix.was_evicted(tree.m4, ROOT_WORD, page)
+            assert evicted == (page in model.shadows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -370,6 +371,8 @@ def test_shadows_among_folios_of_all_sizes(seed: int) -> None:
         else:
             index = random.choice(list(model.folios) or [0])
         apply_step(tree, model, (what, index, random.choice([0, 0, 1, 3, 6, 7, 9]), 0))
+        for run in ((index, 1, 99), (index, -1, 99), (index + 5, -1, 600)):
+            assert tree.cached_run(*run) == model.cached_run(*run)
         assert tree.shadows() == model.shadows
         for tag in (radix.ANY, 0, 1, 2):
             assert tree.gang(0, 1 << 20, tag) == model.touching(0, 1 << 20, tag)

@@ -88,7 +88,8 @@ async def test_a_stream_of_single_pages(scratch: Path) -> None:
         for index in range(900):
             if got := await reader.at_rest(index):
                 seen[index] = got
-                orders.append(int(reader.vol.pages.state(reader.ip.handle)["ra_order"]))
+                order = int(reader.vol.pages.state(reader.ip.handle)["ra_order"])
+                orders.append(order & ~window.TAKEN)
         assert seen == {
             0: [(0, 4)],
             1: [(4, 16)],
@@ -100,6 +101,7 @@ async def test_a_stream_of_single_pages(scratch: Path) -> None:
             500: [(756, 256)],
             756: [(1012, 256)],
         }
+        assert reader.vol.arena.vmstat["readahead_evicted"] == 0, "of windows; shadows there are"
         assert orders == [0, 2, 4, 6, 7, 8, 8, 8, 8]
         assert reader.orders()[:12] == [0] * 4 + [2] * 4 + [2, 3, 4, 2], "20 to 51: as aligned"
 
@@ -210,6 +212,47 @@ async def test_a_lane_meets_the_marker(scratch: Path) -> None:
             52: [(116, 128)],
         }
         assert desk.codes == {"miss": 1, "answered": 59}
+
+
+async def test_windows_that_are_evicted_shrink(scratch: Path) -> None:
+    async with a_reader(scratch) as reader:
+        vmstat = reader.vol.arena.vmstat
+        for index in range(0, 256, 32):
+            await reader.at_rest(index, 32)
+        assert vmstat["readahead_pages_max"] == 256
+        begun = vmstat["readahead_begun"]
+        sizes, first = [], int(reader.vol.pages.state(reader.ip.handle)["ra_start"])
+        assert first >= 256, "nobody has read in that window"
+        for turn in range(5):
+            await drop_caches(reader.vol)
+            reader.asked()
+            index = first + turn * 4
+            waited, *ahead = await reader.at_rest(index, 4)
+            sizes.append(waited[1])
+            assert waited[0] == index
+            assert ahead == []
+        assert sizes == [128, 64, 32, 16, 8]
+        assert vmstat["readahead_evicted"] == 5
+        assert vmstat["readahead_pages_max"] == 8
+        assert await reader.at_rest(0, 64) == [(0, 64), (64, 64)], "never less than a request"
+        for index in range(first + 20, 3200, 4):
+            await reader.at_rest(index, 4)
+        more = vmstat["readahead_begun"] - begun
+        assert vmstat["readahead_pages_max"] == min(8 + more, 256)
+        assert 30 < more < 200
+        assert vmstat["readahead_evicted"] == 5
+
+
+async def test_a_writer_goes_first(scratch: Path) -> None:
+    async with a_reader(scratch) as reader:
+        await reader.read(0, 8)
+        await wait_all_tasks_blocked()
+        await reader.read(8, 4)
+        async with reader.vol.iolock(reader.ip):
+            await wait_all_tasks_blocked()
+            assert reader.vol.arena.vmstat["readahead_skipped"] == 1
+        reader.asked()
+        assert await reader.at_rest(32, 4) == [(32, 64), (96, 128)], "still that window"
 
 
 async def test_a_window_ends_with_the_file(scratch: Path) -> None:
