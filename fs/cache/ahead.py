@@ -48,6 +48,15 @@ class Ahead:
         }.items():
             vol.arena.vmstat.gauge(name, read)
 
+    @property
+    def pages_most(self) -> int:
+        """The largest window in pages, as it was set; 0: nothing is read ahead."""
+        return self._ceiling
+
+    @pages_most.setter
+    def pages_most(self, pages: int) -> None:
+        self._ceiling = self._most = pages
+
     async def run(self) -> None:
         """Read windows for the volume's life."""
         async with trio.open_nursery() as nursery:
@@ -117,7 +126,7 @@ class Ahead:
 
     def _begin(self, ip: Inode, window: Window) -> None:
         vol = self._vol
-        if self._nursery is None or window.start << 12 >= ip.size:
+        if self._nursery is None or not self._ceiling or window.start << 12 >= ip.size:
             return
         vol.inodes.hold(ip.handle)
         self._begun += 1

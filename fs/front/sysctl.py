@@ -23,6 +23,7 @@ from alloc.gfp import KERNEL
 from alloc.mempolicy import WEIGHT_MOST
 from alloc.shrinker import ShrinkerState
 from alloc.watermarks import SCALE_FACTOR_MOST
+from fs.cache.window import WINDOW_SHARE
 from fs.device.faulty import OFFSET_MOST, SHARES, Faulty
 from fs.device.modeled import Modeled
 from fs.device.stack import layers
@@ -35,6 +36,7 @@ PAGE_SIZE = 4096
 INT_MOST = (1 << 31) - 1
 BYTES_MOST = (1 << 63) - 1
 PPM = 1_000_000
+READ_AHEAD_MOST = 4096  # pages
 SYNCD_LEAST, SYNCD_MOST = 100, 720000  # xfssyncd_centisecs
 PAGE_CACHE, NAMES = "page_cache", ("dentry", "xfs_inode")
 DROP_PAGES, DROP_SLAB, DROP_QUIETLY = 1, 2, 4
@@ -74,7 +76,10 @@ async def write(tunable: Tunable, data: bytes) -> None:
 
 def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
-    parts = (_marks, _dirty, _periods, _caches, _compaction, _rcu, _weights, _balance, _device)
+    parts = (
+        *(_marks, _dirty, _readahead, _periods, _caches, _compaction, _rcu, _weights, _balance),
+        _device,
+    )
     return {path: tunable for part in parts for path, tunable in part(vol).items()}
 
 
@@ -173,6 +178,17 @@ def _dirty(vol: Volume) -> dict[str, Tunable]:
         "bdi/strict_limit": Tunable(lambda: dirty.strict_limit, share("strict_limit"), 0, 1),
         "vm/dirty_ratio": Tunable(lambda: dirty.ratio, setter("ratio", "limit_bytes"), 0, 100),
     }
+
+
+def _readahead(vol: Volume) -> dict[str, Tunable]:
+    ahead, kb_per_page = vol.ahead, PAGE_SIZE >> 10
+
+    def set_most(kib: int) -> None:
+        ahead.pages_most = kib // kb_per_page
+
+    most = min(vol.arena.nr_pages // WINDOW_SHARE, READ_AHEAD_MOST) * kb_per_page
+    now = Tunable(lambda: ahead.pages_most * kb_per_page, set_most, 0, most)
+    return {"bdi/read_ahead_kb": now}
 
 
 def _periods(vol: Volume) -> dict[str, Tunable]:

@@ -161,6 +161,7 @@ def test_reads_by_offset_are_of_one_moment(root: Path, proc: Path) -> None:
         ("vm/compaction_proactiveness", 50),
         ("vm/extfrag_threshold", 300),
         ("bdi/max_ratio", 50),
+        ("bdi/read_ahead_kb", 512),
         ("vm/dirty_ratio", 40),
         ("vm/dirty_background_ratio", 5),
         ("vm/dirty_bytes", 8 << 20),
