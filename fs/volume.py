@@ -96,6 +96,7 @@ class Volume:
         self.arena = Arena(memory_bytes, nodes=nodes)
         self.failures = enomem.Failures()
         self.told = errseq.Told()
+        self.wb_error = 0  # the last error of any write-back: a word of writeback/errseq.py
         self.ags = ag.Summary(geo)
         self.space = Space(lambda: self.ags.unavailable)
         self.bufs = BufCache(self.arena, device, geo, log, paranoid=paranoid)

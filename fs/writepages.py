@@ -167,6 +167,7 @@ def _fail(vol: Volume, ip: Inode, ioend: Ioend, error: OSError | AllocationFaile
         ioend.error = error.errno or errno.EIO
     state = vol.pages.state(ip.handle)
     state["error"] = errseq.failed(int(state["error"]), ioend.error)
+    vol.wb_error = errseq.failed(vol.wb_error, ioend.error)
     if ioend.error == enomem.ERRNO:
         return
     vol.pages.lost_pages += ioend.nr_pages

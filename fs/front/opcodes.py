@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyfuse3
 
-from fs import copyrange, fallocate, file, ioctl, seek, tmpfile
+from fs import copyrange, fallocate, file, ioctl, seek, syncfs, tmpfile
 from fs.front import attrs, handles, laneslow, procdir, wire
 from fs.front.guard import error_of
 from fs.front.laneslow import Front
@@ -273,10 +273,7 @@ async def _statx(front: Front, msg: memoryview, slot: int) -> bytes:
 
 
 async def _syncfs(front: Front, msg: memoryview, slot: int) -> bytes:
-    vol = front.vol
-    if not vol.read_only:
-        await vol.flusher.sync()
-        await vol.flush_metadata()
+    await syncfs.syncfs(front.vol)
     return b""
 
 
