@@ -64,10 +64,12 @@ async def write_range(
     submitted = 0
     kept: list[int] = []
     pages.may_wait(WRITEBACK)  # for an ioend, too
-    tag = radix.DIRTY
+    state, tag = pages.state(handle), radix.DIRTY
     if integrity:
         pages.tag_towrite(handle, start, end)
         tag = radix.TOWRITE
+    else:
+        start = max(start, int(state["writeback_index"]))
     with trio.CancelScope(shield=True), gfp.memalloc(), gfp.nofs():
         async with trio.open_nursery() as nursery:
             index = start
@@ -91,6 +93,9 @@ async def write_range(
                 nursery.start_soon(_write_and_complete, vol, ip, ioend, segments, kept)
         if integrity:
             await _wait_written(vol, handle, start, end)
+        else:
+            more = index <= end and pages.next(handle, index, end, tag)
+            state["writeback_index"] = index if more else 0
     return submitted - sum(kept)
 
 

@@ -1,16 +1,18 @@
 """The flusher: who decides which mapping is written when.
 
-One task per volume. It works while dirty memory is above the background threshold, writes what
-has been dirty for 30 s at its 5 s rounds, and writes some when reclaim finds too little that is
-clean. `sync` runs in its caller's task and takes each mapping once, so that a busy writer cannot
-keep it for ever.
+One task per volume, which works in rounds: what reclaim asked for, because it found too little
+that is clean; every 5 s what has been dirty for 30 s; and while dirty memory is above the
+background threshold, whatever is oldest. The later kinds stop when there is one of the first.
+A round takes mappings from lists (`lists.py`) by the kernel's rules: what is old enough goes to
+b_io, gets a slice in turn, and with its slice used up comes again when the others had theirs.
+Within a mapping the next slice begins where the last one ended (`writeback_index`).
 
-The list of dirty mappings is threaded through their state records, oldest first; stamps never
-repeat. It is the trio thread's; a mapping's LISTED flag, which writers in other threads go by, is
-set before it joins and cleared, with the last look at its dirty counts, before it leaves.
+`sync` runs in its caller's task and takes each mapping once that was dirty when it began, so that
+busy writers cannot keep it for ever. Whoever works at a mapping has it for himself: its blocks
+are chosen in order. Fsync is not the flusher's; it may write the same mapping meanwhile.
 
 The flusher's task runs with access to the memory reserve and outside the filesystem's reclaim
-(NOFS, MEMALLOC): cleaning memory never waits for memory to be cleaned.
+(NOFS, MEMALLOC): cleaning memory never waits for memory to be cleaned. Trio thread only.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import trio
 
 from alloc import gfp, lockdep
 from writeback.dirty import Dirty
+from writeback.lists import DIRTY, IO, MORE_IO, NOWHERE, Lists
 from writeback.mapping import INODE_DIRTY, LISTED, Mappings
 
 PERIOD_S = 5.0  # dirty_writeback_centisecs; 0: only when somebody wakes it
@@ -31,15 +34,17 @@ EXPIRE_S = 30.0  # dirty_expire_centisecs
 CHUNK_PAGES = 1024  # 4 MiB of one mapping at least, then another gets its turn
 CHUNK_SCOPE = 8  # and no more than this part of the limit
 MAPPINGS_AT_ONCE = 4  # while blocks are looked up for one, the device has others' data
+QUEUE_BATCH = 1024  # mappings that go to b_io at once, so that the other tasks get their turn
 ALL_PAGES = 1 << 60  # a budget that is none, and the last page index of any mapping
 
 
-def chunk_pages(avg_bandwidth: int, limit: int) -> int:
+def chunk_pages(avg_bandwidth: int, limit: int, wanted: int) -> int:
     """Pages of one mapping in a row: what the device writes in half a second, in 4 MiB.
 
-    The kernel's formula and rounding; bandwidth in pages a second.
+    The kernel's formula and rounding; bandwidth in pages a second, `wanted` are left to be
+    written at all.
     """
-    pages = min(avg_bandwidth // 2, limit // CHUNK_SCOPE)
+    pages = min(avg_bandwidth // 2, limit // CHUNK_SCOPE, wanted)
     return (pages + CHUNK_PAGES) // CHUNK_PAGES * CHUNK_PAGES
 
 
@@ -53,6 +58,20 @@ class Memory(Protocol):
         """Memory became reclaimable."""
 
 
+class Work:
+    """One reason to write: how much, of what age, and whether it still holds."""
+
+    def __init__(
+        self, nr_pages: int, before: Callable[[], int], goes_on: Callable[[], bool]
+    ) -> None:
+        self.nr_pages = nr_pages  # that are still to be written
+        self.before = before  # mappings that became dirty until then are written
+        self.goes_on = goes_on
+        self.queued = False  # b_io was filled for it
+        self.progress = False  # since then something was written
+        self.busy = 0  # helpers that write a slice
+
+
 class Flusher:
     """Writes the dirty mappings of one volume."""
 
@@ -63,67 +82,41 @@ class Flusher:
         self._mappings = mappings
         self._dirty = dirty
         self._log = log
-        self._first = 0
-        self._last = 0
-        self._stamp_ns = 0
         self._syncs = 0
         self._reclaim_waits = False
-        self._cleaning: set[int] = set()  # mappings of which a chunk is being written
+        self._cleaning: set[int] = set()  # mappings that somebody is at: the kernel's I_SYNC
+        self._cleaned = trio.Event()  # one of them no more
         self._wakeup = trio.Event()
+        self._last_periodic = 0.0
         self.avg_bandwidth: Callable[[], int] = lambda: 0  # of the device, in pages a second
-        self.nr_listed = 0
+        self.lists = Lists(mappings)
         self.rounds = 0
         self.period_s = PERIOD_S
         self.expire_s = EXPIRE_S
         dirty.wake_flusher = self.wake
         arena.register_cleaner(self.clean_some)
 
-    # -- the list -------------------------------------------------------------------------------
+    # -- what becomes dirty and clean -----------------------------------------------------------
+
+    @property
+    def nr_listed(self) -> int:
+        """Mappings on any list."""
+        return len(self.lists)
 
     def enlist(self, handle: int) -> None:
-        """A mapping became dirty, or is about to be. Cheap when it is on the list."""
+        """A mapping became dirty, or is about to be. Cheap when it is on a list."""
         state = self._mappings.state(handle)
         if state["flags"] & LISTED or not self._mappings.enlist(handle):
             return
         state["synced"] = self._syncs
-        self.nr_listed += 1
-        self._append(handle, state)
+        self.lists.dirtied(handle)
 
-    def settle(self, handle: int) -> None:
-        """Take a mapping off the list if nothing in it is dirty any more."""
-        if self._mappings.unlist(handle):
-            self.nr_listed -= 1
-            self._unlink(self._mappings.state(handle))
-
-    def _append(self, handle: int, state: Any) -> None:
-        now = int(trio.current_time() * 1e9)
-        self._stamp_ns = max(self._stamp_ns + 1, now)
-        state["dirtied_when"] = self._stamp_ns
-        state["prev"], state["next"] = self._last, 0
-        if self._last:
-            self._mappings.state(self._last)["next"] = handle
-        else:
-            self._first = handle
-        self._last = handle
-
-    def _unlink(self, state: Any) -> None:
-        before, after = int(state["prev"]), int(state["next"])
-        if before:
-            self._mappings.state(before)["next"] = after
-        else:
-            self._first = after
-        if after:
-            self._mappings.state(after)["prev"] = before
-        else:
-            self._last = before
-        state["prev"] = state["next"] = 0
-
-    def _requeue(self, handle: int) -> None:
-        """To the end of the list: others come first, and it is young again."""
-        state = self._mappings.state(handle)
-        if state["flags"] & LISTED:
-            self._unlink(state)
-            self._append(handle, state)
+    def settle(self, handle: int) -> bool:
+        """Take a mapping off its list if nothing in it is dirty any more; whether it was taken."""
+        if not self._mappings.unlist(handle):
+            return False
+        self.lists.move(handle, NOWHERE)
+        return True
 
     # -- the task -------------------------------------------------------------------------------
 
@@ -139,9 +132,10 @@ class Flusher:
 
     async def run(self) -> None:
         """The background task; runs until cancelled, and is cancelled only between writes."""
+        self._last_periodic = trio.current_time()
         with gfp.memalloc(), gfp.nofs():
             while True:
-                with trio.move_on_after(self.period_s or math.inf):
+                with trio.move_on_at(self._last_periodic + (self.period_s or math.inf)):
                     await self._wakeup.wait()
                 self._wakeup = trio.Event()
                 with trio.CancelScope(shield=True):
@@ -150,58 +144,100 @@ class Flusher:
 
     async def _round(self) -> None:
         self.rounds += 1
-        await self._write_expired()
-        async with trio.open_nursery() as nursery:
-            for _ in range(MAPPINGS_AT_ONCE):
-                nursery.start_soon(self._write_background)
         if self._reclaim_waits:
-            await self._write_some()
             self._reclaim_waits = False
+            now = self.lists.now()
+            await self._write(Work(self._dirty.nr_dirty, lambda: now, lambda: True))
+        if trio.current_time() >= self._last_periodic + (self.period_s or math.inf):
+            self._last_periodic = trio.current_time()
+            most = self._dirty.nr_dirty + self.nr_listed  # and not what comes while it works
+            await self._write(Work(most, self._expired, lambda: not self._reclaim_waits))
+        await self._write(Work(ALL_PAGES, self.lists.now, self._over_background))
 
-    async def _write_background(self) -> None:
-        """One of those who bring dirty memory below the background threshold."""
-        while self._dirty.over_background():
-            if not await self._write_some():
+    def _expired(self) -> int:
+        """What became dirty until then is too old."""
+        return int((trio.current_time() - self.expire_s) * 1e9)
+
+    def _over_background(self) -> bool:
+        return self._dirty.over_background() and not self._reclaim_waits
+
+    async def _write(self, work: Work) -> None:
+        """Do a work; several at once, each at a mapping of its own."""
+        if work.goes_on():
+            async with trio.open_nursery() as nursery:
+                for _ in range(MAPPINGS_AT_ONCE):
+                    nursery.start_soon(self._help, work)
+
+    async def _help(self, work: Work) -> None:
+        """Slice after slice, while the reason holds and there is a mapping to be had."""
+        while work.nr_pages > 0 and work.goes_on():
+            if handle := self._next(work):
+                await self._write_slice(handle, work)
+            elif work.busy:  # when that is done there may be more
+                await self._cleaned.wait()
+            else:
                 break
 
-    async def _write_expired(self) -> None:
-        """Everything in mappings that joined the list too long ago."""
-        before = int((trio.current_time() - self.expire_s) * 1e9)
-        while self._first and self._mappings.state(self._first)["dirtied_when"] <= before:
-            handle = self._first
-            self._requeue(handle)
-            await self.clean(handle)
+    def _next(self, work: Work) -> int:
+        """The next mapping of a work that nobody is at, or 0."""
+        lists = self.lists
+        if not lists.first(IO):
+            if work.queued and not work.progress:
+                return 0
+            work.queued, work.progress = True, False
+            lists.splice()
+            lists.expire(work.before(), QUEUE_BATCH)
+        while (handle := lists.first(IO)) in self._cleaning:
+            lists.move(handle, MORE_IO)
+        return handle
 
-    async def _write_some(self) -> bool:
-        """A chunk of each mapping in turn until one had something to write; whether any had.
-
-        One that somebody is at already is left to him: its blocks are chosen in order.
-        """
-        for _ in range(self.nr_listed):
-            handle = self._first
-            if not handle:
-                return False
-            self._requeue(handle)
-            if handle in self._cleaning:
-                continue
-            self._cleaning.add(handle)
-            try:
-                budget = chunk_pages(self.avg_bandwidth(), self._dirty.limit)
-                if await self.clean(handle, budget=budget):
-                    return True
-            finally:
-                self._cleaning.remove(handle)
-        return False
+    async def _write_slice(self, handle: int, work: Work) -> None:
+        """A slice of one mapping, and then to the list where it belongs."""
+        most = chunk_pages(self.avg_bandwidth(), self._dirty.limit, work.nr_pages)
+        work.busy += 1
+        try:
+            pages = await self.clean(handle, budget=most)
+        finally:
+            work.busy -= 1
+        work.nr_pages -= pages
+        state = self._mappings.state(handle)
+        if pages or not state["flags"] & LISTED:
+            work.progress = True
+        if not state["flags"] & LISTED:
+            return
+        if state["ndirty"] and pages >= most and state["dirtied_when"] <= work.before():
+            self.lists.move(handle, MORE_IO)
+        else:  # it became dirty meanwhile, or could not be written: not at once again
+            self.lists.redirtied(handle)
 
     async def clean(
         self, handle: int, *, integrity: bool = False, budget: int = ALL_PAGES
     ) -> int:
         """Write one mapping, and its object when that is dirty; pages submitted.
 
-        A mapping that could not be written has been told so in its state; the volume's own error
-        handling has logged it.
+        Waits for whoever is at it. A mapping that could not be written has been told so in its
+        state; the volume's own error handling has logged it.
         """
         self._mappings.hold(handle)
+        pages = 0
+        try:
+            while handle in self._cleaning:
+                await self._cleaned.wait()
+            self._cleaning.add(handle)
+            try:
+                pages = await self._clean(handle, integrity, budget)
+            finally:
+                self._cleaning.remove(handle)
+                self._cleaned.set()
+                self._cleaned = trio.Event()
+                self.settle(handle)
+        finally:
+            self._mappings.drop(handle)
+        if pages:
+            self._arena.kick()
+        return pages
+
+    async def _clean(self, handle: int, integrity: bool, budget: int) -> int:
         pages = 0
         try:
             with lockdep.holding(lockdep.FS_RECLAIM):
@@ -213,11 +249,6 @@ class Flusher:
                     await self._mappings.write_object(handle)
         except OSError as error:
             self._log.error("write-back stopped: %s", error)
-        finally:
-            self.settle(handle)
-            self._mappings.drop(handle)
-        if pages:
-            self._arena.kick()
         return pages
 
     async def sync(self) -> None:
@@ -227,15 +258,15 @@ class Flusher:
         with gfp.memalloc(), gfp.nofs():
             while handle := self._unsynced(number):
                 self._mappings.state(handle)["synced"] = number
-                self._requeue(handle)
+                self.lists.dirtied(handle)  # what becomes dirty now is the next sync's
                 await self.clean(handle, integrity=True)
 
     def _unsynced(self, number: int) -> int:
         """The first listed mapping that this sync has not taken; 0 if none."""
-        handle = self._first
-        while handle:
-            state = self._mappings.state(handle)
-            if state["synced"] < number:
-                return handle
-            handle = int(state["next"])
+        for queue in (IO, MORE_IO, DIRTY):
+            handle = self.lists.first(queue)
+            while handle:
+                if self._mappings.state(handle)["synced"] < number:
+                    return handle
+                handle = self.lists.following(handle)
         return 0

@@ -9,9 +9,10 @@ them; all other fields are the flusher's and change between awaits, on the trio 
 the throttle's, and who writes to the object counts it down, one at a time.
 
 A mapping that has dirty pages, pages under write-back or something else to write (`INODE_DIRTY`)
-is on the flusher's list, and LISTED. Writers in other threads dirty only what is LISTED already,
-so nothing becomes dirty that the flusher does not know of. The list holds no reference: the owner
-keeps the record until the mapping is clean, or takes it off when its content is thrown away.
+is on a list of the flusher's (`lists.py`), and LISTED. Writers in other threads dirty only what is
+LISTED already, so nothing becomes dirty that the flusher does not know of. Lists hold no reference:
+the owner keeps the record until the mapping is clean, or takes it off when its content is thrown
+away.
 """
 
 from __future__ import annotations
@@ -22,20 +23,23 @@ import numpy as np
 
 STATE = np.dtype(
     [
-        ("next", "<u4"),  # dirty list, handles; 0 = end
+        ("next", "<u4"),  # in its list, handles; 0 = end
         ("prev", "<u4"),
-        ("dirtied_when", "<u8"),  # ns of trio's clock, when it joined the list
+        ("dirtied_when", "<u8"),  # ns of trio's clock, when it joined b_dirty
+        ("writeback_index", "<u8"),  # the page where the last pass over it stopped
         ("ndirty", "<u4"),  # pages, whole folios counted
         ("nrwriteback", "<u4"),  # pages on their way to the device
         ("error", "<u4"),  # of failed writes: a word of writeback/errseq.py, or 0
         ("flags", "<u4"),  # LISTED, INODE_DIRTY
         ("synced", "<u4"),  # number of the last sync that has looked at it
         ("credit", "<i4"),  # pages until its writers are looked at (writeback/throttle.py)
+        ("queue", "<u4"),  # which list it is on (writeback/lists.py)
+        ("pad0", "<u4"),
     ]
 )
-assert STATE.itemsize == 40
+assert STATE.itemsize == 56
 
-LISTED = 1  # on the dirty list
+LISTED = 1  # on a list of the flusher's
 INODE_DIRTY = 2  # the object itself (time stamps) has to be written too
 
 
@@ -65,7 +69,8 @@ class Mappings(Protocol):
         With `integrity` everything that was dirty at the call is on the device (or has failed and
         set the error) when it returns, including pages that were already under write-back.
         Without it folios under write-back are passed over, and it stops after about `budget`
-        pages.
+        pages; it begins where the last such call stopped (`writeback_index`), and never goes
+        back to the start in one call: it locks folios in ascending order.
         """
 
     async def write_object(self, handle: int) -> None:

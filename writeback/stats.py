@@ -7,6 +7,7 @@ comes what there can only be traced. Counts of pages are shown in KiB, as there.
 from __future__ import annotations
 
 from writeback.flusher import Flusher
+from writeback.lists import DIRTY, IO, MORE_IO
 from writeback.position import ONE, pos_ratio
 from writeback.throttle import Throttle
 
@@ -36,7 +37,9 @@ def stats_text(throttle: Throttle, flusher: Flusher) -> str:
     }
     counts = {
         "PosRatio": f"{pos_ratio(at, bandwidth.avg) / ONE:.3f}",
-        "b_dirty": flusher.nr_listed,
+        "b_dirty": flusher.lists.length[DIRTY],
+        "b_io": flusher.lists.length[IO],
+        "b_more_io": flusher.lists.length[MORE_IO],
         "Pauses": throttle.paused,
         "Pausing": throttle.sleeping,
     }

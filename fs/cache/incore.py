@@ -65,7 +65,7 @@ INODE = np.dtype(
         ("touched", "u4"),  # a lane found it since reclaim last looked
         ("writers", "u4"),  # open files that may write (fs/eofblocks.py)
         ("mapping", MAPPING),
-        ("pad", "u1", (224,)),
+        ("pad", "u1", (320 - MAPPING.itemsize,)),
     ]
 )
 assert INODE.itemsize == 512, INODE.itemsize

@@ -6,9 +6,9 @@ in the arena, its `root`; Python reads it as a structured view.
 
 Lanes change `ndirty`, `nrwriteback`, `flags`, `delalloc`, `pending` and `indirect`, too, so these
 change in kernels only, under the mapping's spin lock (R_LOCK); one of them alone may be read
-without it. `credit` is counted down by who holds the IOLOCK exclusively. The dirty list, `error`,
-`synced`, the readahead window and `map_seq` (under the ILOCK, exclusively) are the trio thread's;
-lanes may read map_seq.
+without it. `credit` is counted down by who holds the IOLOCK exclusively. The flusher's lists,
+`error`, `synced`, `writeback_index`, the readahead window and `map_seq` (under the ILOCK,
+exclusively) are the trio thread's; lanes may read map_seq.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -39,7 +39,7 @@ SPACE = np.dtype(
     ]
 )
 MAPPING = np.dtype([(name, d[name]) for d in (ROOT, STATE, SPACE) for name in (d.names or ())])
-assert MAPPING.itemsize == 96
+assert MAPPING.itemsize == 112
 
 
 def _word(name: str) -> int:

@@ -14,6 +14,7 @@ import trio.testing
 
 from alloc import gfp
 from tests.writeback import counts
+from writeback import flusher
 from writeback.dirty import Dirty
 from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher, chunk_pages
 from writeback.mapping import INODE_DIRTY, LISTED, STATE
@@ -47,6 +48,7 @@ class FakeMappings:
         self.objects: list[int] = []
         self.busy: set[int] = set()
         self.fail = False
+        self.tries = 0
         self.while_writing: Callable[[int], None] = lambda handle: None
         self.memory = FakeMemory()
         self.dirty = Dirty(lambda: 100_000)
@@ -85,6 +87,7 @@ class FakeMappings:
     ) -> int:
         assert gfp.current_scope() & gfp.MEMALLOC
         assert gfp.current_scope() & gfp.NOFS
+        self.tries += 1
         if self.fail:
             raise OSError(5, "told to fail")
         pages = min(int(self.states["ndirty"][handle]), budget)
@@ -93,12 +96,10 @@ class FakeMappings:
         counts.start_writeback(self.dirty, pages)
         self.log.append((trio.current_time(), handle, pages, integrity))
         self.while_writing(handle)
-        if not integrity:
-            assert handle not in self.busy, "its blocks would be chosen out of order"
-            self.busy.add(handle)
+        assert handle not in self.busy, "its blocks would be chosen out of order"
+        self.busy.add(handle)
         await trio.sleep(self.seconds)
-        if not integrity:
-            self.busy.remove(handle)
+        self.busy.remove(handle)
         counts.end_writeback(self.dirty, pages)
         self.throttle.completed()
         return pages
@@ -167,7 +168,8 @@ async def test_a_large_mapping_shares_the_flusher(
 )
 def test_chunks(bandwidth: int, limit: int, pages: int) -> None:
     """Half a second's writing, an eighth of the limit at most, rounded as the kernel rounds."""
-    assert chunk_pages(bandwidth, limit) == pages
+    assert chunk_pages(bandwidth, limit, 1 << 60) == pages
+    assert chunk_pages(bandwidth, limit, 5) == 1024, "no more than is wanted, but 4 MiB"
 
 
 async def test_chunks_follow_the_bandwidth(autojump_clock: trio.testing.MockClock) -> None:
@@ -175,21 +177,125 @@ async def test_chunks_follow_the_bandwidth(autojump_clock: trio.testing.MockCloc
         m.flusher.avg_bandwidth = lambda: 4096
         m.make_dirty(1, 20 * CHUNK_PAGES)
         await trio.sleep(1)
-        assert m.log[0][2] == chunk_pages(4096, m.dirty.limit) == 3 * CHUNK_PAGES
+        assert m.log[0][2] == chunk_pages(4096, m.dirty.limit, 1 << 60) == 3 * CHUNK_PAGES
 
 
-async def test_reclaim_gets_a_chunk_below_every_threshold(
+async def test_reclaim_gets_what_is_dirty_below_every_threshold(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
+    """As the kernel's wakeup_flusher_threads; what becomes dirty meanwhile is left alone."""
     async with running() as m:
         m.memory.cleaner()  # nothing dirty: nothing to do
         m.make_dirty(1, 5)
         m.make_dirty(2, 5)
         await trio.sleep(1)
         assert not m.log
+        m.while_writing = lambda handle: m.make_dirty(handle + 10)
         m.memory.cleaner()
         await trio.sleep(1)
-        assert m.order == [1]
+        assert sorted(m.order) == [1, 2]
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mapping at a time, so that the order of slices is that of the lists."""
+    monkeypatch.setattr(flusher, "MAPPINGS_AT_ONCE", 1)
+
+
+async def test_reclaim_comes_before_the_background(
+    one_by_one: None, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running() as m:
+        for handle in range(1, 16):
+            m.make_dirty(handle, CHUNK_PAGES)
+        assert m.dirty.nr_dirty > m.dirty.background
+        await trio.sleep(m.seconds / 2)
+        m.memory.cleaner()
+        assert m.flusher.rounds == 1
+        await trio.sleep(m.seconds)
+        assert m.flusher.rounds == 2, "the background stopped after its slice"
+        await trio.sleep(1)
+        assert m.order == list(range(1, 16)), "everything, below the threshold, too"
+
+
+async def test_slices_go_round_and_the_young_come_last(
+    one_by_one: None, autojump_clock: trio.testing.MockClock
+) -> None:
+    """What b_io has is first, then who used his slice up, then what became dirty meanwhile."""
+    async with running() as m:
+        m.dirty.background_bytes = 1 << 12
+        m.make_dirty(1, 3 * CHUNK_PAGES)
+        m.make_dirty(2, 2 * CHUNK_PAGES)
+        m.make_dirty(3, CHUNK_PAGES)
+        await trio.sleep(m.seconds / 2)
+        m.make_dirty(4, CHUNK_PAGES)
+        await trio.sleep(1)
+        assert m.order == [1, 2, 3, 1, 2, 4, 1]
+        assert m.flusher.nr_listed == 0
+
+
+async def test_a_round_for_age_takes_the_old_only(
+    one_by_one: None, autojump_clock: trio.testing.MockClock
+) -> None:
+    """And each until it is clean, though others are younger; a redirtied one is young again."""
+    async with running() as m:
+        m.make_dirty(1, 2 * CHUNK_PAGES)
+        m.make_dirty(2)
+        await trio.sleep(EXPIRE_S - 2 * PERIOD_S)
+        m.make_dirty(3)
+        m.while_writing = lambda handle: m.make_dirty(handle, int(handle == 2))
+        await trio.sleep(3 * PERIOD_S + 1)
+        assert m.order == [1, 2, 1]
+        m.while_writing = lambda handle: None
+        await trio.sleep(EXPIRE_S - 2 * PERIOD_S)
+        assert m.order == [1, 2, 1, 3]
+        await trio.sleep(3 * PERIOD_S)
+        assert m.order == [1, 2, 1, 3, 2]
+        assert m.log[-1][0] - m.log[1][0] >= EXPIRE_S
+
+
+async def test_a_round_for_age_comes_each_period(autojump_clock: trio.testing.MockClock) -> None:
+    """However often somebody wakes the flusher."""
+    async with running() as m:
+        start = trio.current_time()
+        m.make_dirty(1)
+        while not m.log:
+            m.flusher.wake()
+            await trio.sleep(0.7)
+        assert EXPIRE_S <= m.log[0][0] - start <= EXPIRE_S + PERIOD_S
+
+
+async def test_a_mapping_that_cannot_be_written_does_not_keep_it_busy(
+    autojump_clock: trio.testing.MockClock, allow_logs: Callable[[str], None]
+) -> None:
+    allow_logs("write-back stopped: .*told to fail")
+    async with running() as m:
+        m.fail = True
+        for handle in range(1, 13):
+            m.make_dirty(handle, CHUNK_PAGES)
+        await trio.sleep(1)
+        assert m.dirty.over_background()
+        assert m.tries == 12, "each once; the next round when something happens"
+        m.fail = False
+        m.make_dirty(13)
+        await trio.sleep(1)
+        assert not m.dirty.over_background()
+
+
+async def test_the_background_goes_on_while_a_sync_is_stuck(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m, trio.open_nursery() as nursery:
+        m.make_dirty(1)
+        m.seconds = MINUTE_S
+        m.while_writing = lambda handle: m.make_dirty(1, 10 * CHUNK_PAGES)
+        nursery.start_soon(m.flusher.sync)
+        await trio.testing.wait_all_tasks_blocked()
+        m.seconds, m.while_writing = 0.01, lambda handle: None
+        assert m.dirty.over_background(), "with the mapping that the sync is at"
+        m.make_dirty(2)
+        await trio.sleep(1)
+        assert m.order == [1, 2]
 
 
 async def test_sync_writes_each_mapping_once_however_busy_its_writer(
