@@ -75,8 +75,8 @@ def mount(
 ) -> None:
     """Mount an image. Returns when the mount answers.
 
-    Options of -o: ro rw noatime nodiratime relatime strictatime sync dirsync suid dev exec
-    allow_other allow_root acl noacl auto_unmount remount paranoid lockdep debug foreground
+    Options of -o: ro rw noatime nodiratime relatime strictatime lazytime sync dirsync suid dev
+    exec allow_other allow_root acl noacl auto_unmount remount paranoid lockdep debug foreground
     image=PATH scratch=SIZE mkfs=WORDS device=bw=,iops=,lat=,jitter=,seed=
     faults=write=,torn=,read=,flush=,seed=,first=,last= record=PATH memory=SIZE
     cache=none|writethrough|writeback fsname= subtype= log=

@@ -29,6 +29,7 @@ from fs.xfs import dir as directory
 from fs.xfs import layout as L
 from fs.xfs import residentname as quick
 from fs.xfs import symlink as symlinks
+from writeback.mapping import INODE_DIRTY
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
@@ -330,6 +331,8 @@ async def inactivate(vol: Volume, ip: Inode) -> None:
         await directory.inactivate(vol, ip)
     if ip.forkoff:
         await attr.inactivate(vol, ip)
+    vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)  # nobody will look at its stamps
+    vol.flusher.settle(ip.handle)
     if free_now(vol, ip):
         return
     async with vol.transaction("inactive") as tp:

@@ -103,6 +103,7 @@ class Session:
                 log=self._log,
                 paranoid=options.paranoid,
             ) as self._vol:
+                self._vol.flusher.lazytime = options.lazytime
                 await self._serve(self._vol)
             self._tell_failures(self._vol)
             if self._vol.shut_down:

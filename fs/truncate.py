@@ -25,7 +25,6 @@ from fs.xfs import bmap, stamp
 from fs.xfs import layout as L
 from writeback import errseq
 from writeback.flusher import ALL_PAGES
-from writeback.mapping import INODE_DIRTY
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
@@ -58,13 +57,11 @@ async def truncate(vol: Volume, ip: Inode, size: int) -> None:
 async def discard(vol: Volume, ip: Inode) -> None:
     """Throw away all data of a file that nobody can reach any more: for inactivation.
 
-    Nothing is written; afterwards the inode's mapping is empty and off the dirty list.
+    Nothing is written; afterwards the inode's mapping is empty.
     """
     ip.size = 0
     await drop_folios(vol, ip, 0)
     await unmap(vol, ip, 0)
-    vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)
-    vol.flusher.settle(ip.handle)
 
 
 async def grow(vol: Volume, ip: Inode, size: int) -> None:
@@ -93,7 +90,6 @@ def _stamp(vol: Volume, ip: Inode) -> None:
     """mtime and ctime; the caller, who holds IOLOCK and ILOCK, logs the inode."""
     ip.mtime = ip.ctime = stamp.now()
     ip.changecount += 1
-    vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)
 
 
 async def write_out(vol: Volume, ip: Inode, start: int, end: int) -> None:

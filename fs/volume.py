@@ -166,6 +166,7 @@ class Volume:
     async def _start(self, nursery: trio.Nursery) -> None:
         self.inodes.read_image = self._read_inode
         self.inodes.evict = self.pages.evict
+        self.inodes.unused = self.flusher.unused
         self.inodes.freeing = self.pages.throttle.forget
         self.inodes.start_inactivation = self.inodegc.add
         await self.bufs.start(max(self.geo.block_size, self.geo.cluster_bytes))

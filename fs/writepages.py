@@ -344,7 +344,6 @@ async def _edit_map(vol: Volume, ip: Inode, edits: list[Segment], size: int) -> 
             delalloc.give_back(tp, ip, 0, tree)
         ip.disk_size = max(ip.disk_size, min(size, ip.size))
         state["map_seq"] += 1
-        vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)
         tp.log_inode(ip)
 
 
@@ -386,7 +385,8 @@ def _settle(vol: Volume, ip: Inode, ioend: Ioend) -> None:
 async def log_core(vol: Volume, handle: int) -> None:
     """Log an inode whose core changed in memory only (time stamps of writes).
 
-    The flag goes first: a lane that changes the core while it is copied sets it again.
+    The transaction clears the flag first: a lane that changes the core while it is copied sets it
+    again.
     """
     ip = Inode(vol.inodes, handle)
     if not ip.mode or vol.shut_down:
@@ -395,5 +395,4 @@ async def log_core(vol: Volume, handle: int) -> None:
     async with vol.transaction("time stamps") as tp:
         await tp.lock_inodes(ip)
         if ip.mode:
-            vol.pages.change_flags(handle, remove=INODE_DIRTY)
             tp.log_inode(ip)

@@ -7,6 +7,10 @@ A round takes mappings from lists (`lists.py`) by the kernel's rules: what is ol
 b_io, gets a slice in turn, and with its slice used up comes again when the others had theirs.
 Within a mapping the next slice begins where the last one ended (`writeback_index`).
 
+With `lazytime` a mapping that has nothing but time stamps to be written goes to b_dirty_time, and
+is written when it is synced, when nobody uses the object any more, or 12 h after its stamps
+first waited. Whatever else logs the object takes the stamps along.
+
 `sync` runs in its caller's task and takes each mapping once that was dirty when it began, so that
 busy writers cannot keep it for ever. Whoever works at a mapping has it for himself: its blocks
 are chosen in order. Fsync is not the flusher's; it may write the same mapping meanwhile.
@@ -26,11 +30,13 @@ import trio
 
 from alloc import gfp, lockdep
 from writeback.dirty import Dirty
-from writeback.lists import DIRTY, IO, MORE_IO, NOWHERE, Lists
-from writeback.mapping import INODE_DIRTY, LISTED, Mappings
+from writeback.lists import DIRTY, DIRTY_TIME, IO, MORE_IO, NOWHERE, Lists
+from writeback.mapping import INODE_DIRTY, LISTED, LISTED_TIME, Mappings
 
 PERIOD_S = 5.0  # dirty_writeback_centisecs; 0: only when somebody wakes it
 EXPIRE_S = 30.0  # dirty_expire_centisecs
+STAMPS_EXPIRE_S = 43200  # dirtytime_expire_seconds
+NOW_DUE = (1 << 32) - 1  # in `stamped_when`: stamps wait no longer
 CHUNK_PAGES = 1024  # 4 MiB of one mapping at least, then another gets its turn
 CHUNK_SCOPE = 8  # and no more than this part of the limit
 MAPPINGS_AT_ONCE = 4  # while blocks are looked up for one, the device has others' data
@@ -93,6 +99,8 @@ class Flusher:
         self.rounds = 0
         self.period_s = PERIOD_S
         self.expire_s = EXPIRE_S
+        self.lazytime = False
+        self.stamps_expire_s = STAMPS_EXPIRE_S
         dirty.wake_flusher = self.wake
         arena.register_cleaner(self.clean_some)
 
@@ -108,7 +116,8 @@ class Flusher:
         state = self._mappings.state(handle)
         if state["flags"] & LISTED or not self._mappings.enlist(handle):
             return
-        state["synced"] = self._syncs
+        if state["queue"] == NOWHERE:
+            state["synced"] = self._syncs
         self.lists.dirtied(handle)
 
     def settle(self, handle: int) -> bool:
@@ -116,7 +125,23 @@ class Flusher:
         if not self._mappings.unlist(handle):
             return False
         self.lists.move(handle, NOWHERE)
+        self._mappings.state(handle)["stamped_when"] = 0
         return True
+
+    def unused(self, handle: int) -> None:
+        """Nobody uses the object any more: its stamps are written like all that is dirty."""
+        state = self._mappings.state(handle)
+        if self.lazytime and state["queue"] != NOWHERE and not self.settle(handle):
+            state["stamped_when"] = NOW_DUE
+            if state["flags"] & LISTED_TIME:
+                self.lists.dirtied(handle)
+
+    def _stamps_wait(self, state: Any) -> bool:
+        """Whether the stamps of an object need not be written yet."""
+        waits_since = int(state["stamped_when"])
+        if not waits_since:
+            return self.lazytime
+        return waits_since != NOW_DUE and trio.current_time() < waits_since + self.stamps_expire_s
 
     # -- the task -------------------------------------------------------------------------------
 
@@ -186,7 +211,9 @@ class Flusher:
                 return 0
             work.queued, work.progress = True, False
             lists.splice()
-            lists.expire(work.before(), QUEUE_BATCH)
+            lists.expire(DIRTY, work.before(), QUEUE_BATCH)
+            stamps_before = int((trio.current_time() - self.stamps_expire_s) * 1e9)
+            lists.expire(DIRTY_TIME, stamps_before, QUEUE_BATCH)
         while (handle := lists.first(IO)) in self._cleaning:
             lists.move(handle, MORE_IO)
         return handle
@@ -201,14 +228,23 @@ class Flusher:
             work.busy -= 1
         work.nr_pages -= pages
         state = self._mappings.state(handle)
-        if pages or not state["flags"] & LISTED:
+        if state["queue"] == NOWHERE or self._defer(handle, state):
             work.progress = True
-        if not state["flags"] & LISTED:
             return
+        work.progress |= pages > 0
         if state["ndirty"] and pages >= most and state["dirtied_when"] <= work.before():
             self.lists.move(handle, MORE_IO)
         else:  # it became dirty meanwhile, or could not be written: not at once again
             self.lists.redirtied(handle)
+
+    def _defer(self, handle: int, state: Any) -> bool:
+        """To b_dirty_time with a mapping that has nothing but stamps which may wait."""
+        if not self._stamps_wait(state) or not self._mappings.defer(handle):
+            return False
+        if not state["stamped_when"]:
+            state["stamped_when"] = max(int(trio.current_time()), 1)
+        self.lists.dirtied(handle, DIRTY_TIME)
+        return True
 
     async def clean(
         self, handle: int, *, integrity: bool = False, budget: int = ALL_PAGES
@@ -245,8 +281,10 @@ class Flusher:
                     handle, 0, ALL_PAGES, integrity=integrity, budget=budget
                 )
                 state = self._mappings.state(handle)
-                if state["flags"] & INODE_DIRTY and pages < budget:
+                stamps = state["flags"] & INODE_DIRTY and pages < budget
+                if stamps and (integrity or not self._stamps_wait(state)):
                     await self._mappings.write_object(handle)
+                    state["stamped_when"] = 0
         except OSError as error:
             self._log.error("write-back stopped: %s", error)
         return pages
@@ -263,7 +301,7 @@ class Flusher:
 
     def _unsynced(self, number: int) -> int:
         """The first listed mapping that this sync has not taken; 0 if none."""
-        for queue in (IO, MORE_IO, DIRTY):
+        for queue in (IO, MORE_IO, DIRTY, DIRTY_TIME):
             handle = self.lists.first(queue)
             while handle:
                 if self._mappings.state(handle)["synced"] < number:

@@ -1,9 +1,11 @@
 """The flusher's lists of mappings, threaded through their state records.
 
 The names are the kernel's. `b_dirty` has what became dirty, oldest first; `b_io` what this pass
-writes, in that order; `b_more_io` what used its slice up and comes again with the next pass.
-A mapping is on one list at most, and its record says on which (`queue`). `dirtied_when` ascends
-along b_dirty, and no two mappings have the same: so a pass over what is dirty now has an end.
+writes, in that order; `b_more_io` what used its slice up and comes again with the next pass;
+`b_dirty_time` what has nothing but stamps to be written, which may wait (lazytime), in the order in
+which it came there. A mapping is on one list at most, and its record says on which (`queue`).
+`dirtied_when` ascends along b_dirty and b_dirty_time, and no two mappings have the same: so a pass
+over what is dirty now has an end.
 
 Trio thread only, nothing awaits. Every call takes the same time, but `expire` and `splice`, which
 move one mapping after the other.
@@ -17,8 +19,8 @@ import trio
 
 from writeback.mapping import Mappings
 
-NOWHERE, DIRTY, IO, MORE_IO = range(4)
-NR_QUEUES = 4
+NOWHERE, DIRTY, IO, MORE_IO, DIRTY_TIME = range(5)
+NR_QUEUES = 5
 
 
 class Lists:
@@ -47,10 +49,10 @@ class Lists:
         self._stamp = max(self._stamp + 1, int(trio.current_time() * 1e9))
         return self._stamp
 
-    def dirtied(self, handle: int) -> None:
-        """To the end of b_dirty, as one that became dirty just now."""
+    def dirtied(self, handle: int, queue: int = DIRTY) -> None:
+        """To the end of b_dirty, or b_dirty_time, as one that became dirty just now."""
         self._mappings.state(handle)["dirtied_when"] = self.now()
-        self.move(handle, DIRTY)
+        self.move(handle, queue)
 
     def redirtied(self, handle: int) -> None:
         """Back to b_dirty for a while: the kernel's redirty_tail.
@@ -94,10 +96,10 @@ class Lists:
             self._last[queue] = before
         self.length[queue] -= 1
 
-    def expire(self, before: int, most: int) -> int:
-        """Move the oldest of b_dirty, up to a stamp, to b_io; how many, `most` at most."""
+    def expire(self, queue: int, before: int, most: int) -> int:
+        """Move a list's oldest, up to a stamp, to b_io; how many, `most` at most."""
         moved = 0
-        while moved < most and (handle := self._first[DIRTY]):
+        while moved < most and (handle := self._first[queue]):
             if self._mappings.state(handle)["dirtied_when"] > before:
                 break
             self.move(handle, IO)

@@ -34,13 +34,14 @@ STATE = np.dtype(
         ("synced", "<u4"),  # number of the last sync that has looked at it
         ("credit", "<i4"),  # pages until its writers are looked at (writeback/throttle.py)
         ("queue", "<u4"),  # which list it is on (writeback/lists.py)
-        ("pad0", "<u4"),
+        ("stamped_when", "<u4"),  # s of that clock, when stamps began to wait; 0: they do not
     ]
 )
 assert STATE.itemsize == 56
 
 LISTED = 1  # on a list of the flusher's
 INODE_DIRTY = 2  # the object itself (time stamps) has to be written too
+LISTED_TIME = 4  # on a list, for nothing but stamps: whoever writes pages lists it first
 
 
 class Mappings(Protocol):
@@ -50,10 +51,13 @@ class Mappings(Protocol):
         """The STATE record of a mapping: a structured view, whose list fields may be written."""
 
     def enlist(self, handle: int) -> bool:
-        """Set LISTED; whether it was not set before."""
+        """Set LISTED, clear LISTED_TIME; whether LISTED was not set before."""
 
     def unlist(self, handle: int) -> bool:
-        """Clear LISTED if nothing is dirty, in one step; whether it was cleared."""
+        """Clear both if nothing is dirty, in one step; whether one was cleared."""
+
+    def defer(self, handle: int) -> bool:
+        """Have LISTED_TIME instead of LISTED if no page is dirty, in one step; whether it has."""
 
     def hold(self, handle: int) -> None:
         """Keep the object while the flusher works on it."""

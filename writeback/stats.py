@@ -7,7 +7,7 @@ comes what there can only be traced. Counts of pages are shown in KiB, as there.
 from __future__ import annotations
 
 from writeback.flusher import Flusher
-from writeback.lists import DIRTY, IO, MORE_IO
+from writeback.lists import DIRTY, DIRTY_TIME, IO, MORE_IO
 from writeback.position import ONE, pos_ratio
 from writeback.throttle import Throttle
 
@@ -40,6 +40,7 @@ def stats_text(throttle: Throttle, flusher: Flusher) -> str:
         "b_dirty": flusher.lists.length[DIRTY],
         "b_io": flusher.lists.length[IO],
         "b_more_io": flusher.lists.length[MORE_IO],
+        "b_dirty_time": flusher.lists.length[DIRTY_TIME],
         "Pauses": throttle.paused,
         "Pausing": throttle.sleeping,
     }

@@ -39,7 +39,7 @@ from fs.xfs.extents import REC_BYTES
 from fs.xfs.inode import DATA, levels_max
 from writeback.dirty import Dirty
 from writeback.ioend import FOLIOS_MAX, Ioend, IoendPool
-from writeback.mapping import LISTED
+from writeback.mapping import INODE_DIRTY, LISTED, LISTED_TIME
 from writeback.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -499,14 +499,23 @@ class PageCache:
         return int(mapping.change_flags(self.m4, self.root(handle), add, remove))
 
     def enlist(self, handle: int) -> bool:
-        return not self.change_flags(handle, add=LISTED) & LISTED
+        return not self.change_flags(handle, add=LISTED, remove=LISTED_TIME) & LISTED
 
     def unlist(self, handle: int) -> bool:
         return bool(mapping.unlist(self.m4, self.root(handle)))
 
+    def defer(self, handle: int) -> bool:
+        return bool(mapping.defer(self.m4, self.root(handle)))
+
     def note_write(self, ip: Inode, now: int) -> None:
         """A file was written: time stamps, and the flusher has to log them."""
         blocks.written(self.m4, self.s8, ip.handle, 0, now)
+        self.vol.flusher.enlist(ip.handle)
+
+    def note_access(self, ip: Inode, now: int) -> None:
+        """An object was read: the flusher has to log its access time, some day."""
+        ip.atime = now
+        self.change_flags(ip.handle, add=INODE_DIRTY)
         self.vol.flusher.enlist(ip.handle)
 
     def hold(self, handle: int) -> None:

@@ -164,6 +164,7 @@ class InodeCache:
         self._idle = np.zeros(RECLAIM_BATCH, np.int64)
         self.read_image: Callable[[Inode], Any]
         self.evict: Callable[[int], None] = lambda handle: None
+        self.unused: Callable[[int], None] = lambda handle: None  # no reference, no lookup
         self.freeing: Callable[[int], None] = lambda handle: None  # whoever knows it by number
         self.start_inactivation: Callable[[Inode], None]
 
@@ -321,6 +322,8 @@ class InodeCache:
         refs[handle] -= 1
         if refs[handle] or self._inactivates(ip):
             return
+        if not self.fields["nlookup"][handle]:
+            self.unused(handle)
         self.fields["state"][handle] |= S_REFERENCED
         records.lru_add(self.table, self._head, handle)
 
@@ -348,8 +351,9 @@ class InodeCache:
             self._stubs.forget(ino, count)
             return
         left = records.uncount_lookups(self.table, self._head, handle, count)
-        if not left and not self.fields["refs"][handle]:
-            self._inactivates(Inode(self, handle))
+        if left or self.fields["refs"][handle] or self._inactivates(Inode(self, handle)):
+            return
+        self.unused(handle)
 
     def forget_all(self) -> None:
         """The kernel is gone and forgot to say so: no lookup count holds any longer."""

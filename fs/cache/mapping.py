@@ -20,7 +20,7 @@ import numpy as np
 from alloc.atomic import spin_lock, spin_unlock
 from alloc.jit import kernel
 from fs.cache.radix import R_LOCK, ROOT
-from writeback.mapping import INODE_DIRTY, LISTED, STATE
+from writeback.mapping import INODE_DIRTY, LISTED, LISTED_TIME, STATE
 
 SPACE = np.dtype(
     [
@@ -70,15 +70,30 @@ def change_flags(m4, root, add, remove):
 
 @kernel("i8(u4[::1], i8)")
 def unlist(m4, root):
-    """Take LISTED from a mapping if nothing in it is dirty; whether it was taken.
+    """Take a mapping's LISTED or LISTED_TIME if nothing in it is dirty; whether it was taken.
 
     Lanes dirty only what is LISTED, under the same lock, so nothing becomes dirty unnoticed.
     """
     spin_lock(m4, root + R_LOCK)
     flags = np.int64(m4[root + W_FLAGS])
     clean = m4[root + W_NDIRTY] == 0 and flags & INODE_DIRTY == 0
-    taken = clean and flags & LISTED != 0
+    taken = clean and flags & (LISTED | LISTED_TIME) != 0
     if taken:
-        m4[root + W_FLAGS] = flags & ~LISTED
+        m4[root + W_FLAGS] = flags & ~(LISTED | LISTED_TIME)
     spin_unlock(m4, root + R_LOCK)
     return np.int64(taken)
+
+
+@kernel("i8(u4[::1], i8)")
+def defer(m4, root):
+    """Give a listed mapping LISTED_TIME instead of LISTED if it has no dirty page; whether it has.
+
+    From then on lanes change its access time, but dirty no page before it is LISTED again.
+    """
+    spin_lock(m4, root + R_LOCK)
+    flags = np.int64(m4[root + W_FLAGS])
+    deferred = m4[root + W_NDIRTY] == 0 and flags & (LISTED | LISTED_TIME) != 0
+    if deferred:
+        m4[root + W_FLAGS] = flags & ~LISTED | LISTED_TIME
+    spin_unlock(m4, root + R_LOCK)
+    return np.int64(deferred)

@@ -4,7 +4,8 @@ FUSE leaves them to us. `relatime` (the default, as the kernel's XFS mounts) mov
 is not newer than mtime or ctime, or a day old; `strictatime` moves it at every access; `noatime`
 never. Inodes with XFS's own no-atime flag are left alone.
 
-The change is a small transaction after the access. It never makes the access fail: reading a full
+The change is a small transaction after the access; with `lazytime` it is made in memory only, and
+the flusher decides when it is logged. It never makes the access fail: reading a full
 or shut down filesystem is not an error of the reader.
 """
 
@@ -46,6 +47,9 @@ class AccessTimes:
             return
         now = attrs.now_bigtime()
         if not is_due(policy, ip.atime, ip.mtime, ip.ctime, now):
+            return
+        if self._vol.flusher.lazytime:
+            self._vol.pages.note_access(ip, now)
             return
         try:
             async with self._vol.transaction("update_time") as tp:

@@ -82,7 +82,7 @@ from fs.front.lanestate import (
 from fs.front.wire import OUT_HEADER, RW_ARGS_END, RW_FH, RW_OFFSET, RW_SIZE
 from fs.xfs import layout as L
 from fs.xfs.stamp import EPOCH_NS
-from writeback.mapping import INODE_DIRTY, LISTED
+from writeback.mapping import INODE_DIRTY, LISTED, LISTED_TIME
 
 IOVECS = 1024  # of one writev(2)
 NEVER, RELATIVE = 0, 1  # control[C_ATIME]
@@ -213,7 +213,7 @@ def _touch_time(l, handle):
     if policy == RELATIVE and newer and now - atime < DAY_NS:
         return True
     word = handle * INODE_WORDS + I4_MAPPING + W_FLAGS
-    if l.m4[word] & LISTED == 0:
+    if l.m4[word] & (LISTED | LISTED_TIME) == 0:
         return False
     l.s8[first + I8_ATIME] = now
     l.m4[word] |= INODE_DIRTY

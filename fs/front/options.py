@@ -66,6 +66,7 @@ class MountOptions:
     remount: bool = False
     atime: str = "relatime"
     diratime: bool = True
+    lazytime: bool = False  # stamps that changed alone are not written for long
     cache: str = "none"
     fsname: str = ""
     subtype: str = "nofailfs"
@@ -248,6 +249,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "noatime": {"atime": "noatime"},
     "diratime": {"diratime": True},
     "nodiratime": {"diratime": False},
+    "lazytime": {"lazytime": True},
+    "nolazytime": {"lazytime": False},
     "suid": {"suid": True},
     "nosuid": {"suid": False},
     "dev": {"dev": True},
@@ -306,7 +309,7 @@ IGNORED = frozenset(
     (
         *("defaults", "_netdev", "nofail", "auto", "noauto", "user", "nouser", "users"),
         *("owner", "group", "silent", "loud", "nonempty", "default_permissions"),
-        *("iversion", "noiversion", "nomand", "nolazytime"),
+        *("iversion", "noiversion", "nomand"),
         *("inode64", "attr2", "noquota", "largeio", "nolargeio"),
     )
 )
@@ -325,7 +328,6 @@ REFUSED = {
     "drop_privileges": "start the mount as an ordinary user",
     "logdev": "an external log is not supported",
     "rtdev": "a realtime device is not supported",
-    "lazytime": "time stamps are kept exactly",
 }
 
 

@@ -202,6 +202,10 @@ def _periods(vol: Volume) -> dict[str, Tunable]:
         flusher.expire_s = centisecs / 100
         flusher.wake()
 
+    def set_stamps(seconds: int) -> None:
+        flusher.stamps_expire_s = seconds
+        flusher.wake()
+
     def set_syncd(centisecs: int) -> None:
         vol.metadata_period_s = centisecs / 100
         vol.wake_metadata()
@@ -212,6 +216,9 @@ def _periods(vol: Volume) -> dict[str, Tunable]:
         ),
         "vm/dirty_expire_centisecs": Tunable(
             lambda: round(flusher.expire_s * 100), set_expire, 0, INT_MOST
+        ),
+        "vm/dirtytime_expire_seconds": Tunable(
+            lambda: flusher.stamps_expire_s, set_stamps, 0, INT_MOST
         ),
         "fs/xfs/xfssyncd_centisecs": Tunable(
             lambda: round(vol.metadata_period_s * 100), set_syncd, SYNCD_LEAST, SYNCD_MOST

@@ -23,6 +23,7 @@ from alloc import gfp
 from fs import enomem
 from fs.cache.buf import Buf, BufOps, Runs
 from fs.cache.inode import Inode
+from writeback.mapping import INODE_DIRTY
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -209,6 +210,7 @@ class Transaction:
         assert self._write
         self.vol.check_writable()
         self.dirty = True
+        self.vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)  # its stamps go along
         self.vol.inodes.mark_dirty(ip)
 
     def take_delalloc(self, blocks: int) -> None:

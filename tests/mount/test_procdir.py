@@ -168,6 +168,7 @@ def test_reads_by_offset_are_of_one_moment(root: Path, proc: Path) -> None:
         ("vm/dirty_background_bytes", 1 << 20),
         ("vm/dirty_writeback_centisecs", 100),
         ("vm/dirty_expire_centisecs", 1000),
+        ("vm/dirtytime_expire_seconds", 3600),
         ("fs/xfs/xfssyncd_centisecs", 600),
         ("rcutree/blimit", 20),
         ("rcutree/qhimark", 300_000),

@@ -16,8 +16,16 @@ from alloc import gfp
 from tests.writeback import counts
 from writeback import flusher
 from writeback.dirty import Dirty
-from writeback.flusher import CHUNK_PAGES, EXPIRE_S, PERIOD_S, Flusher, chunk_pages
-from writeback.mapping import INODE_DIRTY, LISTED, STATE
+from writeback.flusher import (
+    CHUNK_PAGES,
+    EXPIRE_S,
+    PERIOD_S,
+    STAMPS_EXPIRE_S,
+    Flusher,
+    chunk_pages,
+)
+from writeback.lists import DIRTY_TIME
+from writeback.mapping import INODE_DIRTY, LISTED, LISTED_TIME, STATE
 from writeback.throttle import Throttle
 
 MINUTE_S = 60.0
@@ -61,13 +69,22 @@ class FakeMappings:
     def enlist(self, handle: int) -> bool:
         before = int(self.states["flags"][handle])
         self.states["flags"][handle] |= LISTED
+        self.states["flags"][handle] &= ~np.uint32(LISTED_TIME)
         return not before & LISTED
 
     def unlist(self, handle: int) -> bool:
         state = self.states[handle]
-        if not state["flags"] & LISTED or state["ndirty"] or state["flags"] & INODE_DIRTY:
+        listed = state["flags"] & (LISTED | LISTED_TIME)
+        if not listed or state["ndirty"] or state["flags"] & INODE_DIRTY:
             return False
-        state["flags"] &= ~np.uint32(LISTED)
+        state["flags"] &= ~np.uint32(LISTED | LISTED_TIME)
+        return True
+
+    def defer(self, handle: int) -> bool:
+        state = self.states[handle]
+        if not state["flags"] & (LISTED | LISTED_TIME) or state["ndirty"]:
+            return False
+        state["flags"] = state["flags"] & ~np.uint32(LISTED) | LISTED_TIME
         return True
 
     def hold(self, handle: int) -> None:
@@ -392,3 +409,89 @@ async def test_list_survives_leaving_in_any_order(
         m.make_dirty(2)
         await m.flusher.sync()
         assert m.order == [2]
+
+
+# -- lazytime ------------------------------------------------------------------------------------
+
+
+def stamp(m: FakeMappings, handle: int) -> None:
+    """The time stamps of an object changed."""
+    m.states["flags"][handle] |= INODE_DIRTY
+    m.flusher.enlist(handle)
+
+
+async def test_stamps_alone_wait_half_a_day(autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as m:
+        m.flusher.lazytime = True
+        stamp(m, 4)
+        await trio.sleep(MINUTE_S)
+        assert m.states["flags"][4] == INODE_DIRTY | LISTED_TIME
+        assert m.flusher.lists.length[DIRTY_TIME] == m.flusher.nr_listed == 1
+        await trio.sleep(STAMPS_EXPIRE_S - MINUTE_S)
+        assert not m.objects
+        await trio.sleep(MINUTE_S)
+        assert m.objects == [4]
+        assert m.flusher.nr_listed == m.states["stamped_when"][4] == 0
+
+
+async def test_stamps_of_a_file_that_is_written_all_day(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its pages are written after 30 s each time, its stamps twice a day."""
+    async with running() as m:
+        m.flusher.lazytime = True
+        minutes = int(STAMPS_EXPIRE_S / MINUTE_S) * 2
+        for minute in range(minutes):
+            stamp(m, 4)
+            m.make_dirty(4)
+            await trio.sleep(MINUTE_S)
+            assert len(m.order) == minute + 1
+        assert len(m.objects) in (1, 2)
+
+
+@pytest.mark.parametrize("how", ["sync", "unused", "unused before it waits"])
+async def test_stamps_wait_no_longer(how: str, autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as m:
+        m.flusher.lazytime = True
+        stamp(m, 4)
+        if how != "unused before it waits":
+            await trio.sleep(MINUTE_S)
+            assert m.flusher.lists.length[DIRTY_TIME] == 1
+        if how == "sync":
+            await m.flusher.sync()
+            assert m.objects == [4]
+        else:
+            m.flusher.unused(4)
+            await trio.sleep(MINUTE_S)
+            assert m.objects == [4]
+        assert m.flusher.nr_listed == 0
+
+
+async def test_a_sync_takes_stamps_whose_file_is_written_meanwhile(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It was listed for its stamps before the sync began, for pages after."""
+    async with running() as m, trio.open_nursery() as nursery:
+        m.flusher.lazytime = True
+        stamp(m, 4)
+        await trio.sleep(MINUTE_S)
+        m.make_dirty(1)
+        nursery.start_soon(m.flusher.sync)
+        await trio.testing.wait_all_tasks_blocked()
+        m.make_dirty(4)
+        await trio.sleep(1)
+        assert m.objects == [4]
+
+
+async def test_stamps_that_something_else_took_along(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running() as m:
+        m.flusher.lazytime = True
+        stamp(m, 4)
+        await trio.sleep(MINUTE_S)
+        m.states["flags"][4] &= ~np.uint32(INODE_DIRTY)  # a transaction logged the object
+        m.flusher.unused(4)
+        assert m.flusher.nr_listed == 0
+        await trio.sleep(MINUTE_S)
+        assert not m.objects

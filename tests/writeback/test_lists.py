@@ -88,7 +88,7 @@ def test_like_the_twin(steps: list[tuple[str, int]]) -> None:
                 lists.move(handle, queue)
                 twin.move(handle, queue)
             elif what == "expire" and handle in twin.when:
-                lists.expire(twin.when[handle], 3)
+                lists.expire(DIRTY, twin.when[handle], 3)
                 twin.expire(twin.when[handle], 3)
             elif what == "splice":
                 lists.splice()
