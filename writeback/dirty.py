@@ -5,6 +5,8 @@ is free above the reserves plus the file cache; above the background threshold (
 works, from half-way between it and the threshold (20 %) on writers are held back
 (`writeback/throttle.py`), and above the limit nobody goes on. The limit is the threshold, but
 follows it down slowly when memory shrinks: what was dirtied in good faith is written first.
+A volume has one device: all completions are its own, so its proportion of the threshold, which
+Linux takes over periods of 3 s, is 1; a min_ratio would have nothing to raise, max_ratio is there.
 
 Once writers are held back, free run begins again only at the background threshold, not half-way, as
 in Linux: write-back ends in large pieces, and in each gap of one whoever happens to be awake would

@@ -21,7 +21,7 @@ from fs.xfs import layout as L
 from tests import support
 from tests.fs.imagefiles import a_file, opened
 from writeback.dirty import NR_COUNTS
-from writeback.mapping import INODE_DIRTY, LISTED
+from writeback.mapping import INODE_DIRTY, LISTED, LISTED_TIME
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -471,7 +471,7 @@ def test_a_write_is_noted_in_the_record() -> None:
     assert not table["size"][[0, 1, 3]].any()
 
 
-@pytest.mark.parametrize("listed", [0, LISTED])
+@pytest.mark.parametrize("listed", [0, LISTED, LISTED_TIME])
 @pytest.mark.parametrize("other", [0, INODE_DIRTY])
 @pytest.mark.parametrize("ndirty", [0, 3])
 def test_only_what_is_clean_leaves_the_list(listed: int, other: int, ndirty: int) -> None:
@@ -483,4 +483,15 @@ def test_only_what_is_clean_leaves_the_list(listed: int, other: int, ndirty: int
     assert m4[W_FLAGS] == (0 if leaves else listed | other)
     assert mapping.change_flags(m4, 0, 0, INODE_DIRTY) == (0 if leaves else listed | other)
     assert m4[W_FLAGS] == (0 if leaves else listed)
+    assert not m4[radix.R_LOCK]
+
+
+@pytest.mark.parametrize("listed", [0, LISTED, LISTED_TIME])
+@pytest.mark.parametrize("ndirty", [0, 3])
+def test_only_what_has_no_dirty_page_waits_with_its_stamps(listed: int, ndirty: int) -> None:
+    m4 = np.zeros(64, np.uint32)
+    m4[W_NDIRTY], m4[W_FLAGS] = ndirty, listed | INODE_DIRTY
+    waits = bool(listed and not ndirty)
+    assert mapping.defer(m4, 0) == waits
+    assert m4[W_FLAGS] == (LISTED_TIME if waits else listed) | INODE_DIRTY
     assert not m4[radix.R_LOCK]
