@@ -22,5 +22,6 @@ def test_the_large_file_stays_dirty(capsys: pytest.CaptureFixture[str]) -> None:
     for name, outcome in found.items():
         assert name in said
         assert len(outcome.times) == 3
-        assert outcome.before_kib > 0.9 * plan.dirty / 1024
-        assert outcome.after_kib > 0.9 * outcome.before_kib
+    ours = found["nofailfs"]  # the kernel's is written by whoever calls sync(2) meanwhile
+    assert ours.before_kib > 0.9 * plan.dirty / 1024
+    assert ours.after_kib > 0.9 * ours.before_kib
