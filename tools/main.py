@@ -164,7 +164,7 @@ def lab(
     mkfs: Annotated[str, typer.Option(help="Words for mkfs.xfs.")] = "-b size=64k",
     dirty_ratio: Annotated[int, typer.Option(help="Percent that may be dirty.")] = 95,
     virtual: Annotated[float, typer.Option(help="Seconds on the virtual clock; 0: none.")] = 3600.0,
-    virtual_minutes: Annotated[float, typer.Option(help="Real minutes for them at most.")] = 10.0,
+    virtual_minutes: Annotated[float, typer.Option(help="Real minutes for them at most.")] = 40.0,
     as_json: Json = False,
 ) -> None:
     """Endurance: eight writers, a stat storm, large folios and unlink floods in a small arena.

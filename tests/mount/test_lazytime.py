@@ -19,7 +19,7 @@ def test_reads_and_writes_of_files_whose_stamps_wait(scratch: Path) -> None:
     """Reads move the access time in memory, a write has its data written as soon as ever."""
     image = support.mkfs(scratch)
     where = scratch / "mnt"
-    with support.our_mount(image, where, options="lazytime,strictatime") as mounted:
+    with support.our_mount(image, where, options="lazytime,strictatime,lanes=2") as mounted:
         for period in ("writeback", "expire"):
             (where / f".nofail/sys/vm/dirty_{period}_centisecs").write_text("1")
         path = mounted.path / "file"

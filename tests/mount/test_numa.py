@@ -91,7 +91,7 @@ def test_a_file_says_where_its_memory_lies(scratch: Path, options: str) -> None:
 @pytest.mark.mount
 def test_a_user_says_where_his_memory_lies(scratch: Path) -> None:
     image, name = support.mkfs(scratch), f"system.nofailfs.mpol.{NOBODY}"
-    options, data = "numa=2,allow_other,mpol=bind:0", os.urandom(MIB)
+    options, data = "numa=2,allow_other,mpol=bind:0,lanes=2", os.urandom(MIB)
     with support.our_mount(image, scratch / "mnt", memory="64M", options=options) as mount:
         os.setxattr(mount.path, name, b"bind:1")
         assert os.getxattr(mount.path, name) == b"bind:1"

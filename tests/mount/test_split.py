@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.mount.test_opcodes import PUNCH, fallocate
+from tests.mount.test_opcodes import LANES, PUNCH, fallocate
 from tools import stats
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -41,7 +41,7 @@ def test_memory_comes_back(scratch: Path, what: str, block: int, written: bool) 
     page_aligned = mmap.mmap(-1, MIB)  # so that it is one request
     page_aligned[:] = content
     image = support.mkfs(scratch, "-b", f"size={block}")
-    with support.our_mount(image, scratch / "mnt") as mount:
+    with support.our_mount(image, scratch / "mnt", options=LANES) as mount:
         path = mount.path / "file"
         with path.open("wb", buffering=0) as file:
             assert file.write(page_aligned) == MIB
@@ -75,6 +75,6 @@ def test_free_folios_merge(scratch: Path) -> None:
         before = cached(mount.path)
         os.truncate(path, 0)
         after = cached(mount.path)
-        assert after["merged.9"] > before["merged.9"]
+        assert after["merged"] > before["merged"]
         assert after["cached"] == after["split"] == 0
     support.assert_clean(image)
