@@ -89,31 +89,29 @@ def count(image: Path, name: str) -> int:
     return int(found[1] or found[2])
 
 
+def _written(
+    mounted: AbstractContextManager[Slowed], make: Callable[[Path], None]
+) -> dict[str, float]:
+    """Have a pattern written to a mount; what it said of write-back then."""
+    with mounted as mount:
+        make(mount.path)
+        return figures_of(mount.report.read_text())
+
+
 def measure(plan: Plan) -> dict[str, dict[str, list[int]]]:
     """Counts of each file, by pattern and by file system."""
     found: dict[str, dict[str, list[int]]] = {}
     size = 2 * max(plan.large, plan.shared * plan.writers, plan.scattered, 1 << 29)
     with scratch_dir(size) as scratch:
         image, where = scratch / "image", scratch / "mnt"
-        limits: list[int] = []
-
-        def counts(
-            mounted: AbstractContextManager[Slowed], names: list[str], make: Callable[[Path], None]
-        ) -> list[int]:
-            with mounted as mount:
-                make(mount.path)
-                limits.append(int(figures_of(mount.report.read_text()).get("DirtyLimit", 0)))
-            return [count(image, name) for name in names]
-
         for pattern, (names, make) in _patterns(plan).items():
             make_image(image, size)
-            of_it = found[pattern] = {}
-            of_it["nofailfs"] = counts(ours_slowed(image, where, plan.memory, 0), names, make)
+            figures = _written(ours_slowed(image, where, plan.memory, 0), make)
+            counts = found[pattern] = {"nofailfs": [count(image, name) for name in names]}
             if not why_not():
-                limit_kib = limits[-1]
                 make_image(image, size)
-                kernels = kernel_slowed(image, where, limit_kib, KERNELS_BW)
-                of_it["kernel XFS"] = counts(kernels, names, make)
+                _written(kernel_slowed(image, where, int(figures["DirtyLimit"]), KERNELS_BW), make)
+                counts["kernel XFS"] = [count(image, name) for name in names]
     return found
 
 
