@@ -3,7 +3,8 @@
 The fast path is one kernel that copies into folios which are ready; it awaits nothing. What is not
 ready is prepared: memory first, then space, then the bits that allow the copy, with no await
 between the last two. Whatever was awaited may have changed the cache, so preparing starts over
-after each wait, with less to do.
+after each wait, with less to do. Files with an extent size hint have their holes filled first
+(fs/prealloc.py), for as much of the write as follows.
 
 The caller holds the inode's IOLOCK exclusively. A writer is held back when there is too much
 dirty memory before it takes a folio, and never writes itself.
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from alloc.page import LOCKED
-from fs import delalloc, mapread
+from fs import delalloc, mapread, prealloc
 from fs.cache import blocks, readahead
 from fs.cache.blocks import MAPPED, PENDING, RESERVED
 from fs.cache.folio import write_order
-from fs.xfs import bmap, refcount
+from fs.xfs import bmap, extsize, refcount
 from fs.xfs import layout as L
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ async def write_step(
     if copied:
         return copied
     end = min(pos + length, ((pos >> 12) + (1 << vol.pages.order_max)) << 12)
+    if extsize.hint(ip):
+        log = vol.geo.block_log
+        vol.eofblocks.note(ip)
+        mapped = await prealloc.have(vol, ip, pos >> log, (pos + length - 1 >> log) + 1)
+        end = min(end, mapped << log)
     end = await _make_ready(vol, ip, pos, end)
     return _copy_in(vol, ip, pos, source, start, end - pos)
 

@@ -7,7 +7,7 @@ dropped. Extents are shifted only while nothing of the file is dirty and nothing
 first of them.
 
 Each step is one transaction that leaves a valid map, and ends with the promises to what is still
-dirty made good (`_cover`): more records may mean a larger tree than was reserved for it. Size and
+dirty made good (`prealloc`): more records may mean a larger tree than was reserved for it. Size and
 time stamps follow the rules of fs/truncate.py: the size changes last, except that an insertion
 changes it first, so that no shifted extent lies behind the end of the file.
 """
@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from fs import buffered, delalloc, file, truncate
+from fs import buffered, file, prealloc, truncate
 from fs.truncate import SIZE_MAX
 from fs.xfs import bmap
 from fs.xfs import layout as L
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
-    from fs.log.transaction import Transaction
     from fs.volume import Volume
 
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
@@ -102,56 +101,15 @@ def _check_shift(vol: Volume, ip: Inode, offset: int, end: int, mode: int) -> No
 # -- steps -------------------------------------------------------------------------------------
 
 
-def _tree_blocks(vol: Volume) -> int:
-    """What one more record can cost: splits in the tree now, and promises for later ones."""
-    return 2 * bmap.worst_indirect(vol.geo, 1) + 2
-
-
-def _cover(tp: Transaction, ip: Inode) -> None:
-    """The map may have more records: bring the promise to pending blocks up to its new worst."""
-    vol = tp.vol
-    state = vol.pages.state(ip.handle)
-    worst = delalloc.worst_tree_blocks(vol, ip, int(state["pending"]))
-    short = worst - int(state["indirect"])
-    if short > 0:
-        delalloc.give_back(tp, ip, 0, short)
-
-
-def _changed_map(tp: Transaction, ip: Inode) -> None:
-    """At the end of each step."""
-    _cover(tp, ip)
-    tp.vol.pages.state(ip.handle)["map_seq"] += 1
-
-
 async def _allocate(vol: Volume, ip: Inode, offset: int, end: int) -> None:
     """Unwritten extents for all holes in the blocks of a range."""
     log = vol.geo.block_log
-    unit = ip.extsize if ip.flags & L.DIFLAG_EXTSIZE and ip.extsize else 1
-    last_block = (end - 1) >> log
-    at, last = (offset >> log) // unit * unit, (last_block // unit + 1) * unit
+    at, last = offset >> log, ((end - 1) >> log) + 1
     ip.flags |= L.DIFLAG_PREALLOC
     await truncate.write_out(vol, ip, at << log, last << log)
     while at < last:
         await trio.lowlevel.checkpoint()
-        async with vol.reader(ip) as tp:
-            m = await bmap.lookup(tp, ip, at)
-        if m is not None and m.offset <= at:
-            at = m.end
-            continue
-        hole = (last if m is None else min(last, m.offset)) - at
-        at += await _allocate_extent(vol, ip, at, min(hole, L.BMBT_LEN_MAX))
-
-
-async def _allocate_extent(vol: Volume, ip: Inode, offset: int, count: int) -> int:
-    """One extent at the beginning of a hole; its length."""
-    blocks = count + _tree_blocks(vol)
-    if blocks > vol.space.available:
-        await vol.flusher.sync()  # gives back what the worst case did not need
-    async with vol.transaction("allocate", blocks) as tp:
-        await tp.lock_inodes(ip)
-        new = await bmap.alloc(tp, ip, offset, count, unwritten=True)
-        _changed_map(tp, ip)
-    return new.count
+        at = await prealloc.have(vol, ip, at, last)
 
 
 async def _punch(vol: Volume, ip: Inode, offset: int, end: int) -> None:
@@ -177,11 +135,11 @@ async def _unmap(vol: Volume, ip: Inode, first: int, last: int) -> None:
     done = False
     while not done:
         await trio.lowlevel.cancel_shielded_checkpoint()
-        async with vol.transaction("punch", _tree_blocks(vol), from_pool=True) as tp:
+        async with vol.transaction("punch", prealloc.tree_blocks(vol), from_pool=True) as tp:
             await tp.lock_inodes(ip)
             done = await bmap.unmap(tp, ip, first, last - first)
             tp.log_inode(ip)
-            _changed_map(tp, ip)
+            prealloc.changed_map(tp, ip)
 
 
 # -- shifting ----------------------------------------------------------------------------------
@@ -200,7 +158,7 @@ async def _collapse(vol: Volume, ip: Inode, offset: int, end: int) -> None:
             async with vol.transaction("collapse", from_pool=True) as tp:
                 await tp.lock_inodes(ip)
                 at = await bmap.shift_left(tp, ip, at, (end - offset) >> log)
-                _changed_map(tp, ip)
+                prealloc.changed_map(tp, ip)
         ip.size -= end - offset
         await truncate.unmap(vol, ip, ip.size)
 
@@ -211,12 +169,12 @@ async def _insert(vol: Volume, ip: Inode, offset: int, end: int) -> None:
     start, by = offset >> log, (end - offset) >> log
     with trio.CancelScope(shield=True):
         await truncate.write_out(vol, ip, 0, ip.size)
-        async with vol.transaction("insert", _tree_blocks(vol)) as tp:
+        async with vol.transaction("insert", prealloc.tree_blocks(vol)) as tp:
             await tp.lock_inodes(ip)
             if (await bmap.last_offset(tp, ip) + by) << log > SIZE_MAX:
                 raise OSError(errno.EINVAL, "preallocated blocks would move too far")
             await bmap.split(tp, ip, start)
-            _changed_map(tp, ip)
+            prealloc.changed_map(tp, ip)
         await truncate.grow(vol, ip, ip.size + end - offset)
         await truncate.drop_folios(vol, ip, offset)
         at: int | None = L.FILE_OFFSET_MAX
@@ -225,7 +183,7 @@ async def _insert(vol: Volume, ip: Inode, offset: int, end: int) -> None:
             async with vol.transaction("insert", from_pool=True) as tp:
                 await tp.lock_inodes(ip)
                 at = await bmap.shift_right(tp, ip, start, by, at)
-                _changed_map(tp, ip)
+                prealloc.changed_map(tp, ip)
 
 
 # -- sharing -----------------------------------------------------------------------------------

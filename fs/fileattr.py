@@ -6,7 +6,8 @@ are whole blocks, not longer than half an AG, on regular files only before they 
 directory hands its own on. There is no realtime device, so nothing can be put there.
 
 Who may change flags is the VFS's to decide (owner; CAP_LINUX_IMMUTABLE for immutable and append).
-A change is one transaction under the inode's ILOCK.
+A change is one transaction under the inode's ILOCK; the IOLOCK, held exclusively, keeps out writers
+who found no hint and would have their data's allocation delayed.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ async def set_flags(vol: Volume, ip: Inode, flags: int, *, uid: int = 0) -> None
 
 async def set(vol: Volume, ip: Inode, wanted: FileAttr, *, uid: int = 0) -> None:
     """FS_IOC_FSSETXATTR. Raises OSError(EINVAL) with nothing changed, OSError(EROFS)."""
-    async with vol.transaction("ioctl_setattr") as tp:
+    async with vol.iolock(ip), vol.transaction("ioctl_setattr") as tp:
         await tp.lock_inodes(ip)
         flags, flags2 = _inode_flags(ip, _wanted_xflags(wanted))
         extsize = _hint(vol, wanted.extsize, bool(flags & HINTED))

@@ -34,7 +34,14 @@ from fs.cache.blocks import (
     change_bits,
 )
 from fs.cache.folio import PATH_NODES
-from fs.cache.incore import I4_MAPPING, I8_NEXTENTS, I8_SIZE, INODE_LONGS, INODE_WORDS
+from fs.cache.incore import (
+    I4_MAPPING,
+    I4_MODE_FLAGS,
+    I8_NEXTENTS,
+    I8_SIZE,
+    INODE_LONGS,
+    INODE_WORDS,
+)
 from fs.cache.radix import ANY, next_entry
 from fs.delalloc import promise_words
 from fs.front.lanemap import is_plain, lock_map, segment, take_folio, unlock_map
@@ -174,6 +181,13 @@ def _complete(l, handle, pfn, base, block, at, end):
 
 
 @helper
+def _has_hint(l, handle):
+    """Whether a file's holes get blocks before they are written to (fs/prealloc.py)."""
+    flags = np.int64(l.m4[handle * INODE_WORDS + I4_MODE_FLAGS]) >> 16
+    return flags & L.DIFLAG_EXTSIZE != 0
+
+
+@helper
 def _promise(l, handle, data, pending):
     """Promise space from the stash; False if it has too little."""
     root = handle * INODE_WORDS + I4_MAPPING
@@ -207,7 +221,9 @@ def claim(l, handle, pfn, at, end):
         reason = R_MISS
     else:
         data, pending = _count_unclaimed(l, handle, pfn, base, first, last)
-        if pending > 0 and not _promise(l, handle, data, pending):
+        if data > 0 and _has_hint(l, handle):
+            reason = R_MAP
+        elif pending > 0 and not _promise(l, handle, data, pending):
             reason = R_SPACE
         else:
             _set_claims(l, handle, pfn, base, first, last)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fs.xfs import btkind, freespace, refcount, rmap
+from fs.xfs import btkind, extsize, freespace, refcount, rmap
 from fs.xfs import extents as X
 from fs.xfs import fork as forks
 from fs.xfs import layout as L
@@ -234,6 +234,18 @@ async def insert(tp: Transaction, ip: Inode, new: Mapping, fork: int = DATA) -> 
     await _replace(tp, ip, fork, old, wanted)
 
 
+async def detach(tp: Transaction, ip: Inode, gone: Mapping, fork: int = DATA) -> None:
+    """Unmap a part of one record whose blocks stay allocated. Raises Corrupt if it is not there."""
+    found = await lookup(tp, ip, gone.offset, fork)
+    if found is None or _clip(found, gone.offset, gone.end) != gone:
+        raise _corrupt(tp, ip, f"{gone.count} file blocks from {gone.offset} on are elsewhere")
+    pieces = (_clip(found, found.offset, gone.offset), _clip(found, gone.end, found.end))
+    rest = [piece for piece in pieces if piece.count]
+    _admit(tp, ip, fork, len(rest) - 1)
+    ip.nblocks -= gone.count
+    await _replace(tp, ip, fork, [found], rest)
+
+
 async def alloc(
     tp: Transaction,
     ip: Inode,
@@ -243,28 +255,37 @@ async def alloc(
     *,
     unwritten: bool = False,
     contiguous: bool = False,
+    hint: int = 0,
 ) -> Mapping:
     """Allocate blocks for a hole at `offset` and map them, near what is mapped before it.
 
     The mapping may be shorter than `count`: by the room up to the next mapping, and by what is
-    free in one piece; `contiguous` insists. Raises OSError(ENOSPC) or OSError(EFBIG).
+    free in one piece; `contiguous` insists. With an extent size hint it may begin before `offset`
+    and reach farther (fs/xfs/extsize.py). Raises OSError(ENOSPC) or OSError(EFBIG).
     """
     left, right = await _around(tp, ip, offset, fork)
     if left is not None and left.end > offset:
         raise _corrupt(tp, ip, f"file block {offset} is allocated twice")
-    room = L.BMBT_LEN_MAX if right is None else min(L.BMBT_LEN_MAX, right.offset - offset)
+    before = 0 if left is None else left.end
+    behind = L.FILE_OFFSET_MAX if right is None else right.offset
+    room = min(L.BMBT_LEN_MAX, behind - offset)
     assert not contiguous or count <= room, "contiguous blocks wanted over a mapping"
-    count = min(count, room)
+    start = offset
+    count = most = min(count, room)
+    if hint:
+        start, most = extsize.align(offset, count, hint, before, behind)
     _admit(tp, ip, fork, 1)
-    owner = Owner(ip.ino, offset, attr=fork == ATTR, unwritten=unwritten)
     fsbno, got = await freespace.alloc(
         tp,
-        near=_near(tp.vol.geo, ip, left, right, offset, count),
+        near=_near(tp.vol.geo, ip, left, right, start, most),
         minlen=count if contiguous else 1,
-        maxlen=count,
-        owner=owner,
+        maxlen=most,
+        owner=None,
+        whole=hint > 0,
     )
-    new = Mapping(offset, fsbno, got, unwritten)
+    start = extsize.settle(start, got, offset, count)
+    await rmap.map(tp, fsbno, got, Owner(ip.ino, start, attr=fork == ATTR, unwritten=unwritten))
+    new = Mapping(start, fsbno, got, unwritten)
     await insert(tp, ip, new, fork)
     return new
 

@@ -62,6 +62,7 @@ class Wish(NamedTuple):
     align: int
     above: int  # AG blocks that the extent must keep between
     below: int
+    enough: int  # blocks at `near`, rather than more elsewhere
 
     @property
     def plain(self) -> bool:
@@ -74,13 +75,13 @@ class Wish(NamedTuple):
 async def _choose_near(
     tp: Transaction, agno: int, near: int, wish: Wish, most: int
 ) -> Extent | None:
-    """At `near` itself at least minlen blocks, or `most` blocks among its neighbours."""
+    """At `near` itself as many blocks as are enough, or `most` blocks among its neighbours."""
     cur = bno_cursor(tp, agno, await ag.read_agf(tp, agno))
     fitting = near % wish.align == 0 and near >= wish.above
     if await cur.lookup_le(near) and fitting:
         start, length = cur.record()
         here = min(start + length, wish.below) - near
-        if here >= wish.minlen:
+        if here >= wish.enough:
             return near, min(most, here)
     if tp.vol.ags.longest[agno] < most:
         return None
@@ -113,7 +114,7 @@ def _room(cur: Cursor, wish: Wish, most: int) -> Extent:
 
 async def _scan_up(cur: Cursor, wish: Wish, want: int) -> bool:
     """From the cursor to longer extents, until one has room for `want` blocks."""
-    _, _, _, align, above, below = wish
+    align, above, below = wish.align, wish.above, wish.below
     while True:
         addr, i, n = cur.leaf()
         found = freefit.roomy_above(cur.mem, addr, i, n, want, align, above, below)
@@ -126,7 +127,7 @@ async def _scan_up(cur: Cursor, wish: Wish, want: int) -> bool:
 
 async def _scan_down(cur: Cursor, wish: Wish, want: int) -> bool:
     """From the cursor to shorter extents, until one has room for `want` blocks."""
-    _, _, _, align, above, below = wish
+    align, above, below = wish.align, wish.above, wish.below
     while cur.record()[1] >= want:
         addr, i, _ = cur.leaf()
         found = freefit.roomy_below(cur.mem, addr, i, want, align, above, below)
@@ -146,7 +147,7 @@ async def _choose(
     near, minlen, maxlen = wish.near, wish.minlen, wish.maxlen
     home = geo.agno_of(near) if near is not None else 0
     got: Extent | None = None
-    if near is not None and min(usable[home], longest[home]) >= minlen:
+    if near is not None and min(usable[home], longest[home]) >= wish.enough:
         most = min(maxlen, usable[home])
         got = await _choose_near(tp, home, geo.agbno_of(near), wish, most)
         if got is not None:
@@ -305,14 +306,15 @@ async def alloc(
     owner: Owner | None,
     this_ag: bool = False,
     metadata: bool = False,
+    whole: bool = False,
 ) -> tuple[int, int]:
     """Allocate minlen to maxlen contiguous blocks; returns (fsbno, length).
 
     `near` is the fsbno where they are wanted; `align` asks for a multiple in the AG; the extent
     starts at or behind AG block `above` and ends before `below` (0: anywhere); `this_ag` confines
-    the search to near's AG. The reverse map records `owner` (None: the caller does). The blocks
-    come out of the transaction's reservation, which bounds the length. Raises OSError(ENOSPC)
-    with nothing changed.
+    the search to near's AG; `whole` asks for maxlen blocks elsewhere rather than fewer at `near`.
+    The reverse map records `owner` (None: the caller does). The blocks come out of the
+    transaction's reservation, which bounds the length. Raises OSError(ENOSPC) with nothing changed.
     """
     assert 0 < minlen <= maxlen
     assert align > 0
@@ -321,7 +323,9 @@ async def alloc(
     usable = ags.usable_by_trees if metadata else ags.usable
     if near is not None and vol.geo.agno_of(near) >= vol.geo.agcount:
         near = None  # just behind the end of the last AG
-    wish = Wish(near, minlen, min(maxlen, tp.blocks), align, above, below or UNBOUND)
+    maxlen = min(maxlen, tp.blocks)
+    enough = maxlen if whole else minlen
+    wish = Wish(near, minlen, maxlen, align, above, below or UNBOUND, enough)
     got = None
     if wish.maxlen >= minlen:
         got = await _choose(tp, wish, this_ag, usable)
@@ -353,6 +357,18 @@ async def free(tp: Transaction, fsbno: int, n: int, owner: Owner | None) -> None
     await _give(tp, agno, agf, start, n)
     vol.ags.learn(agno, agf)
     vol.space.note_free(n)
+
+
+async def free_anyones(tp: Transaction, fsbno: int, n: int) -> None:
+    """Free n blocks from fsbno on, whoever the reverse map says that they belong to, or nobody.
+
+    For recovery, which knows that they are to be freed but not what they were.
+    """
+    vol = tp.vol
+    agno, start = vol.geo.agno_of(fsbno), vol.geo.agbno_of(fsbno)
+    if vol.geo.has_rmap:
+        await rmapbt.remove_any(tp, agno, await prepare(tp, agno), start, n)
+    await free(tp, fsbno, n, None)
 
 
 async def prepare(tp: Transaction, agno: int) -> Buf:

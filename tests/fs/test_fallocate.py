@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 from fs import fallocate as fa
-from fs import file, seek
+from fs import file, prealloc, seek
 from fs.cache.inode import Inode
 from fs.log.transaction import Transaction
 from fs.truncate import SIZE_MAX
@@ -380,13 +380,13 @@ async def test_what_dirty_data_was_promised_too_much_comes_back_first(scratch: P
         for at in range(0, 400, 2):
             await file.write(vol, ip, at * 4096, b"dirty")
         indirect = int(vol.pages.state(ip.handle)["indirect"])
-        while (left := vol.space.available) > 2 * fa._tree_blocks(vol):
-            n = min(left - 2 * fa._tree_blocks(vol), 200)
+        while (left := vol.space.available) > 2 * prealloc.tree_blocks(vol):
+            n = min(left - 2 * prealloc.tree_blocks(vol), 200)
             await fa.fallocate(vol, other, other.size, n * 4096, 0)
             assert vol.pages.state(ip.handle)["indirect"] == indirect
-        more = left - fa._tree_blocks(vol) + 1
+        more = left - prealloc.tree_blocks(vol) + 1
         with pytest.raises(OSError, match="space"):
-            vol.space.reserve(more + fa._tree_blocks(vol))
+            vol.space.reserve(more + prealloc.tree_blocks(vol))
         assert indirect > 1
         await fa.fallocate(vol, other, other.size, more * 4096, 0)
         assert vol.pages.state(ip.handle)["indirect"] == 0
@@ -525,7 +525,7 @@ async def test_a_shift_is_sound_between_its_transactions(
         for at in range(1, 80, 2):
             await fa.fallocate(vol, ip, at * 4096, 4096, PUNCH)
         steps = 0
-        changed_map = fa._changed_map
+        changed_map = prealloc.changed_map
 
         def watched(tp: Transaction, inode: Inode) -> None:
             nonlocal steps
@@ -533,7 +533,7 @@ async def test_a_shift_is_sound_between_its_transactions(
             assert 40 <= inode.nextents <= 42
             changed_map(tp, inode)
 
-        monkeypatch.setattr(fa, "_changed_map", watched)
+        monkeypatch.setattr(prealloc, "changed_map", watched)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fa.fallocate, vol, ip, 10 * 4096, 40960, fa.INSERT_RANGE)
             while steps < 12:

@@ -275,8 +275,10 @@ async def test_policies(tmp_path: Path) -> None:
             assert await model.alloc(tp, near=near + 8, minlen=1, maxlen=8) == (near + 8, 8)
             # taken already: the nearest blocks behind
             assert await model.alloc(tp, near=near, minlen=4, maxlen=4) == (near + 16, 4)
-            # a hole too small for all is used if it is just where blocks are wanted
+            # a hole too small for all is used if it is just where blocks are wanted, as a rule
             await model.free(tp, 0, 2, 3)
+            got = await model.alloc(tp, near=near + 2, minlen=1, maxlen=9, whole=True)
+            assert got == (near + 20, 9)
             assert await model.alloc(tp, near=near + 2, minlen=1, maxlen=9) == (near + 2, 3)
             fsbno, n = await model.alloc(tp, near=near + 1, minlen=16, maxlen=16, align=8)
             assert (geo.agbno_of(fsbno) % 8, n) == (0, 16)

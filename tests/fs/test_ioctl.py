@@ -32,6 +32,7 @@ from tests.fs.dirimages import opened, using
 ROOT = ioctl.Caller(0, os.getpid(), 0)
 USER = ioctl.Caller(1000, os.getpid(), 0)
 BLOCK = 4096
+AG_BYTES = support.MIN_IMAGE // 4
 
 
 async def error_of(work: Awaitable[object]) -> int:
@@ -98,6 +99,10 @@ async def test_chattr_keeps_what_it_does_not_know(scratch: Path) -> None:
         ("empty", FileAttr(fileattr.X_EXTSIZE, 0), 0),
         ("empty", FileAttr(0, BLOCK), errno.EINVAL),
         ("empty", FileAttr(fileattr.X_EXTSIZE, 1 << 31), errno.EINVAL),
+        ("empty", FileAttr(fileattr.X_EXTSIZE, AG_BYTES // 2), 0),
+        ("empty", FileAttr(fileattr.X_EXTSIZE, AG_BYTES // 2 + BLOCK), errno.EINVAL),
+        ("full", FileAttr(fileattr.X_EXTSIZE, 0), 0),
+        ("dir", FileAttr(fileattr.X_EXTSZINHERIT, AG_BYTES // 2 + BLOCK), errno.EINVAL),
         ("empty", FileAttr(fileattr.X_EXTSZINHERIT, BLOCK), errno.EINVAL),
         ("full", FileAttr(fileattr.X_EXTSIZE, BLOCK), errno.EINVAL),
         ("full", FileAttr(fileattr.X_NODUMP), 0),

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 from numba import typeof
 
 from alloc.page import ACTIVE, REFERENCED
@@ -20,6 +22,7 @@ from tests import support
 from tests.fs.imagefiles import a_file, opened
 from tests.fs.lanes import Desk, a_desk
 from tests.fs.test_file import drop_caches
+from writeback.lists import DIRTY_TIME
 
 PAGE = bytes(range(256)) * 16
 
@@ -122,6 +125,33 @@ async def test_access_times(scratch: Path) -> None:
         assert await desk.read(ip, 0, 4096) == PAGE
         assert ip.atime == 0
         assert desk.codes == {"answered": 3, "times": 1}
+
+
+async def test_access_times_of_a_file_whose_stamps_wait(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It is not LISTED, and moves as the lane likes; the flusher knows of it already."""
+    image = support.mkfs(scratch)
+    async with opened(image) as vol, a_file(vol) as ip, a_desk(vol, atime="strictatime") as desk:
+        vol.flusher.lazytime = True
+        await file.write(vol, ip, 0, PAGE)
+        await file.fsync(vol, ip)
+        ip.atime = 0
+        assert await desk.read(ip, 0, 4096) == PAGE
+        assert desk.reason == "times", "it waits for nothing yet"
+        await trio.sleep(100)
+        assert vol.flusher.lists.length[DIRTY_TIME] == 1
+        for _ in range(3):
+            ip.atime = 0
+            assert await desk.read(ip, 0, 4096) == PAGE
+            assert ip.atime > 0
+        assert desk.codes == {"times": 1, "answered": 3}
+        assert vol.flusher.lists.length[DIRTY_TIME] == 1
+        known = ip.atime
+        await file.fsync(vol, ip)
+        assert vol.flusher.nr_listed == 0
+    async with opened(image) as vol, a_file(vol) as ip:
+        assert ip.atime == known
 
 
 @pytest.mark.parametrize(("policy", "moves"), [("noatime", False), ("strictatime", True)])
