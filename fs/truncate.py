@@ -21,6 +21,7 @@ import trio
 from alloc.page import DIRTY, LOCKED, WRITEBACK
 from fs import buffered, delalloc
 from fs.cache import blocks, radix
+from fs.cache.incore import S_RELEASED, S_REOPENED
 from fs.xfs import bmap, stamp
 from fs.xfs import layout as L
 from writeback import errseq
@@ -61,7 +62,7 @@ async def discard(vol: Volume, ip: Inode) -> None:
     """
     ip.size = 0
     await drop_folios(vol, ip, 0)
-    await unmap(vol, ip, 0)
+    await unmap(vol, ip, 0, stamped=False)
 
 
 async def grow(vol: Volume, ip: Inode, size: int) -> None:
@@ -80,6 +81,7 @@ async def _shrink(vol: Volume, ip: Inode, size: int) -> None:
     if size < ip.size:
         zeroed = await zero_written(vol, ip, size, min(block_end, ip.size))
         ip.size = size
+        ip.state &= ~(S_RELEASED | S_REOPENED)  # it is written anew
         await drop_folios(vol, ip, size)
         if zeroed or ip.disk_size < size:
             await write_out(vol, ip, min(ip.disk_size, size), size)
@@ -187,8 +189,8 @@ async def drop_folios(vol: Volume, ip: Inode, start: int, stop: int = _EVERYTHIN
     pages.shadows.forget(ip.handle, start >> 12, (stop - 1) >> 12)
 
 
-async def unmap(vol: Volume, ip: Inode, size: int) -> None:
-    """Log the size and free every block behind it."""
+async def unmap(vol: Volume, ip: Inode, size: int, *, stamped: bool = True) -> None:
+    """Log the size, and the time if it is to be `stamped`, and free every block behind it."""
     start = -(-size // vol.geo.block_size)
     state = vol.pages.state(ip.handle)
     done = False
@@ -197,7 +199,8 @@ async def unmap(vol: Volume, ip: Inode, size: int) -> None:
         async with vol.transaction("truncate", from_pool=True) as tp:
             await tp.lock_inodes(ip)
             ip.disk_size = size
-            _stamp(vol, ip)
+            if stamped:
+                _stamp(vol, ip)
             tp.log_inode(ip)
             done = await bmap.unmap(tp, ip, start, L.FILE_OFFSET_MAX - start)
             state["map_seq"] += 1

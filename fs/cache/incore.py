@@ -75,6 +75,9 @@ assert INODE.fields["mapping"][1] % 64 == 0
 S_VALID, S_DIRTY, S_LRU, S_REFERENCED, S_INACTIVE, S_BAD = 1, 2, 4, 8, 16, 32
 S_NOSEC = 128  # known to have no capabilities that a write would take away
 S_LINKABLE = 64  # without links, but not removed: a temporary file that may get a name
+S_EOFBLOCKS = 256  # may have blocks past its end, so the record stays (fs/eofblocks.py)
+S_RELEASED = 512  # lost such blocks when it was closed,
+S_REOPENED = 1024  # and was opened for writing again
 
 INODE_WORDS = INODE.itemsize // 4
 INODE_LONGS = INODE.itemsize // 8

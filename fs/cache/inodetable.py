@@ -21,7 +21,18 @@ import numpy as np
 from alloc.atomic import compare_exchange, fetch_add, load_acquire, store_release
 from alloc.jit import helper, kernel
 from alloc.libc import memset
-from fs.cache.incore import INODE, S_DIRTY, S_INACTIVE, S_LINKABLE, S_LRU, S_REFERENCED, S_VALID
+from fs.cache.incore import (
+    INODE,
+    S_DIRTY,
+    S_EOFBLOCKS,
+    S_INACTIVE,
+    S_LINKABLE,
+    S_LRU,
+    S_REFERENCED,
+    S_RELEASED,
+    S_REOPENED,
+    S_VALID,
+)
 from fs.cache.lock import EXCLUSIVE
 from fs.cache.thread import (
     bucket_of,
@@ -101,7 +112,7 @@ def renew(t, head, mem, h, inode_log):
     t["flags2"][h] = t["anextents"][h] = t["flags"][h] = t["projid"][h] = 0
     t["extsize"][h] = t["cowextsize"][h] = t["rdev"][h] = 0
     t["forkoff"][h] = t["unlinked_prev"][h] = 0
-    t["state"][h] &= ~np.uint32(S_INACTIVE | S_LINKABLE)
+    t["state"][h] &= ~np.uint32(S_INACTIVE | S_LINKABLE | S_RELEASED | S_REOPENED)
     memset(mem, np.int64(t["image"][h]) << inode_log, 0, np.int64(1) << inode_log)
 
 
@@ -141,8 +152,10 @@ def lru_remove(t, head, h):
 @helper
 def _idle(t, h):
     """Claim a record that reclaim may take: clean, without pages to write, not used of late."""
-    unlinked = t["nlink"][h] == 0 and t["mode"][h] != 0
-    if t["state"][h] & (S_DIRTY | S_REFERENCED) or t["touched"][h] or unlinked:
+    state, is_used = t["state"][h], t["mode"][h] != 0
+    if state & (S_DIRTY | S_REFERENCED) or t["touched"][h]:
+        return False
+    if is_used and (t["nlink"][h] == 0 or state & S_EOFBLOCKS):
         return False
     if not _claim(t, h):
         return False

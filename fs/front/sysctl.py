@@ -223,6 +223,9 @@ def _periods(vol: Volume) -> dict[str, Tunable]:
         "fs/xfs/xfssyncd_centisecs": Tunable(
             lambda: round(vol.metadata_period_s * 100), set_syncd, SYNCD_LEAST, SYNCD_MOST
         ),
+        "fs/xfs/speculative_prealloc_lifetime": Tunable(
+            lambda: int(vol.eofblocks.lifetime_s), vol.eofblocks.set_lifetime, 1, 86400
+        ),
     }
 
 

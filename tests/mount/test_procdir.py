@@ -170,6 +170,7 @@ def test_reads_by_offset_are_of_one_moment(root: Path, proc: Path) -> None:
         ("vm/dirty_expire_centisecs", 1000),
         ("vm/dirtytime_expire_seconds", 3600),
         ("fs/xfs/xfssyncd_centisecs", 600),
+        ("fs/xfs/speculative_prealloc_lifetime", 60),
         ("rcutree/blimit", 20),
         ("rcutree/qhimark", 300_000),
     ],
