@@ -106,7 +106,6 @@ def run(
     where = directory / f"fio-{name}"
     where.mkdir()
     environment = {
-        **os.environ,
         "FIO_DIR": str(where),
         "FIO_SIZE": str(size),
         "FIO_RUNTIME": str(runtime_s),
@@ -114,15 +113,29 @@ def run(
         "FIO_CLIENTS": str(clients),
     }
     try:
-        done = subprocess.run(
-            [find_tool("fio"), "--output-format=json", str(job_file(name))],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd="/",
-            timeout=timeout,
-        )
-        return _parse(name, done.returncode, done.stdout, done.stderr)
+        return _fio(name, [str(job_file(name))], timeout, environment)
     finally:
         shutil.rmtree(where, ignore_errors=True)
+
+
+def once(way: str, path: Path, size: int, *, direct: bool = False, timeout: float = 900.0) -> Fio:
+    """Go once through a file or device in requests of 1 MiB; `way` is `read` or `write`.
+
+    A write ends with fsync, which is part of its time. `size` is bytes; the file stays.
+    """
+    words = [f"--name={way}", f"--rw={way}", f"--filename={path}", f"--size={size}", "--bs=1m"]
+    words += ["--ioengine=psync", "--end_fsync=1", "--fallocate=none", f"--direct={int(direct)}"]
+    return _fio(way, words, timeout, {})
+
+
+def _fio(name: str, words: list[str], timeout: float, environment: dict[str, str]) -> Fio:
+    done = subprocess.run(
+        [find_tool("fio"), "--output-format=json", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd="/",
+        timeout=timeout,
+    )
+    return _parse(name, done.returncode, done.stdout, done.stderr)

@@ -243,6 +243,21 @@ def extents(memory: Memory = "64M") -> None:
 
 
 @app.command()
+def sequential(
+    size: Annotated[str, typer.Option(help="Of the file.")] = "1G",
+    bw: Annotated[int, typer.Option(help="The device's bytes a second.")] = 200_000_000,
+    memory: Memory = "256M",
+) -> None:
+    """Write a file and read it cold, beside what fio gets from the image without a file system."""
+    from tools.lab import sequential as experiment
+    from tools.targets import size_of
+
+    plan = experiment.Plan(size_of(size), bw, memory)
+    if not experiment.show(plan, experiment.run(plan)):
+        raise typer.Exit(EXIT_DIFFERENCE)
+
+
+@app.command()
 def stats(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A mounted nofailfs.")],
     section: Annotated[

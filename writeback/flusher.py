@@ -11,9 +11,9 @@ With `lazytime` a mapping that has nothing but time stamps to be written goes to
 is written when it is synced, when nobody uses the object any more, or 12 h after its stamps
 first waited. Whatever else logs the object takes the stamps along.
 
-`sync` runs in its caller's task and takes each mapping once that was dirty when it began, so that
-busy writers cannot keep it for ever. Whoever works at a mapping has it for himself: its blocks
-are chosen in order. Fsync is not the flusher's; it may write the same mapping meanwhile.
+`sync` runs in its caller's task: a round with all that is dirty, and then each mapping that still
+is, once, waiting for what is on its way; so busy writers cannot keep it for ever. Whoever works at
+a mapping has it for himself: its blocks are chosen in order. Fsync may write it meanwhile.
 
 The flusher's task runs with access to the memory reserve and outside the filesystem's reclaim
 (NOFS, MEMALLOC): cleaning memory never waits for memory to be cleaned. Trio thread only.
@@ -171,8 +171,7 @@ class Flusher:
         self.rounds += 1
         if self._reclaim_waits:
             self._reclaim_waits = False
-            now = self.lists.now()
-            await self._write(Work(self._dirty.nr_dirty, lambda: now, lambda: True))
+            await self._write_everything()
         if trio.current_time() >= self._last_periodic + (self.period_s or math.inf):
             self._last_periodic = trio.current_time()
             most = self._dirty.nr_dirty + self.nr_listed  # and not what comes while it works
@@ -185,6 +184,11 @@ class Flusher:
 
     def _over_background(self) -> bool:
         return self._dirty.over_background() and not self._reclaim_waits
+
+    async def _write_everything(self) -> None:
+        """What is dirty now, without waiting for pages that are on their way (WB_SYNC_NONE)."""
+        now = self.lists.now()
+        await self._write(Work(self._dirty.nr_dirty, lambda: now, lambda: True))
 
     async def _write(self, work: Work) -> None:
         """Do a work; several at once, each at a mapping of its own."""
@@ -291,9 +295,10 @@ class Flusher:
 
     async def sync(self) -> None:
         """Write everything that is dirty now and wait until the device has it (not: is stable)."""
-        self._syncs += 1
-        number = self._syncs
         with gfp.memalloc(), gfp.nofs():
+            await self._write_everything()
+            self._syncs += 1
+            number = self._syncs
             while handle := self._unsynced(number):
                 self._mappings.state(handle)["synced"] = number
                 self.lists.dirtied(handle)  # what becomes dirty now is the next sync's

@@ -23,12 +23,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-WINDOW_PAGES = 256  # 1 MiB: one FUSE request of the largest size
+WINDOW_PAGES = 1024  # 4 MiB: a few FUSE requests of the largest size
 WINDOW_SHARE = 32  # and at most 1/32 of memory
 WINDOW_LEAST = 4
 PAGE_HALF, PAGE_MASK = 1 << 31, (1 << 32) - 1
 TAKEN = 1 << 7  # in ra_order: folios for the window, from its start on, have been in the cache
-STEP_MOST = (1 << 15) - 1
+STEP_MOST = (1 << 15) - 1  # ra_step has no more bits: 128 MiB; Linux finds no strides at all
 RUN_MOST = 8
 
 

@@ -26,6 +26,7 @@ from tests.fs.test_file import drop_caches, extents
 
 PAGE = 4096
 PAGES = 4096  # of the file
+WINDOW_MOST = 256  # 1 MiB, which the tables are made for
 MEMORY = 64 << 20
 
 
@@ -78,6 +79,7 @@ async def a_reader(
             await file.write(vol, ip, start * PAGE, data)
         await drop_caches(vol)
         (extent,) = await extents(vol, ip)
+        vol.ahead.pages_most = min(vol.ahead.pages_most, WINDOW_MOST)
         yield Reader(vol, ip, vol.geo.fsb_to_bytes(extent.fsbno))
 
 

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from fs import file
+from fs.device.model import Model
+from fs.device.modeled import Modeled
 from fs.syncfs import syncfs
 from fs.volume import Volume
 from tests import support
@@ -65,3 +69,22 @@ async def test_what_failed_while_it_syncs_is_told(
         device.before_write, device.fail_writes = (lambda: None), False
         await syncfs(vol)
     device.close()
+
+
+async def test_files_do_not_wait_for_each_other(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A device that answers late has data of several files at once."""
+    files, late_s = 40, 0.01
+    device = SlowImage(image := support.mkfs(scratch))
+    slow = Modeled(device, Model(lat_us=int(late_s * 1e6)))
+    async with Volume.open(slow, 16 << 20) as vol:
+        for n in range(files):
+            async with a_file(vol, b"file%d" % n) as ip:
+                await file.write(vol, ip, 0, b"a" * 4096)
+        began = trio.current_time()
+        await vol.flusher.sync()
+        assert trio.current_time() - began < files * late_s / 2
+        assert vol.pages.dirty.nr_dirty == 0
+    device.close()
+    support.assert_clean(image)

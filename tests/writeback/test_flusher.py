@@ -106,6 +106,7 @@ class FakeMappings:
         assert gfp.current_scope() & gfp.NOFS
         self.tries += 1
         if self.fail:
+            await trio.sleep(self.seconds)  # so that a test's time goes on
             raise OSError(5, "told to fail")
         pages = min(int(self.states["ndirty"][handle]), budget)
         self.states["ndirty"][handle] -= pages
@@ -136,7 +137,10 @@ async def running() -> AsyncIterator[FakeMappings]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mappings.flusher.run)
         await trio.testing.wait_all_tasks_blocked()
-        yield mappings
+        try:
+            yield mappings
+        finally:
+            mappings.fail = False  # a round is not cancelled: it ends
         nursery.cancel_scope.cancel()
     assert not mappings.held.any()
 
@@ -326,9 +330,42 @@ async def test_sync_writes_each_mapping_once_however_busy_its_writer(
         m.while_writing = lambda handle: m.make_dirty(handle)
         with trio.fail_after(1):
             await m.flusher.sync()
-        assert m.order == [1, 2, 3]
-        assert all(integrity for _, _, _, integrity in m.log)
+        waited_for = [handle for _, handle, _, integrity in m.log if integrity]
+        assert sorted(waited_for) == [1, 2, 3]
+        assert m.order[-3:] == waited_for, "after all that nobody waited for"
+        assert len(m.log) < 3 + 3 + flusher.MAPPINGS_AT_ONCE
         assert m.flusher.nr_listed == 3
+
+
+async def test_a_sync_writes_what_it_can_before_it_waits(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Several mappings at once, a slice of each in turn; nothing is left for the second pass."""
+    async with running() as m:
+        for handle in range(1, 9):
+            m.make_dirty(handle, CHUNK_PAGES // 8)
+        m.make_dirty(1, CHUNK_PAGES)
+        began = trio.current_time()
+        await m.flusher.sync()
+        assert m.order == [*range(1, 9), 1]
+        assert not any(integrity for _, _, _, integrity in m.log)
+        assert m.flusher.nr_listed == 0
+        assert trio.current_time() - began == pytest.approx(3 * m.seconds)
+
+
+async def test_what_the_first_pass_of_a_sync_cannot_write(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A mapping that somebody is at is the second's, which waits for him."""
+    async with running() as m:
+        m.make_dirty(1, 2)
+        m.while_writing = lambda handle: m.make_dirty(1, int(len(m.log) == 1))
+        m.memory.cleaner()
+        await trio.testing.wait_all_tasks_blocked()
+        assert m.order == [1]
+        await m.flusher.sync()
+        assert [(handle, integrity) for _, handle, _, integrity in m.log] == [(1, False), (1, True)]
+        assert not m.states["ndirty"].any()
 
 
 async def test_sync_does_not_miss_what_the_flusher_requeued(
