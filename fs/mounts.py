@@ -25,7 +25,7 @@ FUSERMOUNT_SECONDS = 60  # fusermount3 only asks the kernel; a minute means it i
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
 MS_REMOUNT, MS_DIRSYNC, MS_NOSYMFOLLOW, MS_NOATIME, MS_NODIRATIME = 32, 128, 256, 1024, 2048
 MS_BIND, MS_RELATIME, MS_STRICTATIME = 4096, 1 << 21, 1 << 24
-MNT_DETACH = 2
+MNT_FORCE, MNT_DETACH = 1, 2
 
 FLAG_OF_WORD = {
     "ro": MS_RDONLY,
@@ -143,10 +143,15 @@ def _check(result: int, what: str) -> None:
         raise OSError(code, os.strerror(code), what)
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount. Raises OSError: EBUSY while files are open, EINVAL if nothing is mounted there."""
+def unmount(mountpoint: str, *, lazy: bool = False, cut_off: bool = False) -> None:
+    """Unmount. Raises OSError: EBUSY while files are open, EINVAL if nothing is mounted there.
+
+    `lazy` takes a mount away that is in use; `cut_off` does so and, if we are root, has the kernel
+    fail every request, even those of whom it could not kill.
+    """
+    lazy = lazy or cut_off
     if os.geteuid() == 0:
-        flags = MNT_DETACH if lazy else 0
+        flags = (MNT_DETACH if lazy else 0) | (MNT_FORCE if cut_off else 0)
         _check(_libc().umount2(os.fsencode(mountpoint), flags), mountpoint)
         return
     tool = shutil.which("fusermount3")

@@ -11,22 +11,21 @@ A wait at the end is never silent: every half minute the log says what is still 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import logging
 import os
 import signal
-import sys
+import subprocess
 import traceback
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
 from alloc import lockdep, policy
 from alloc.pressure import serves_requests
-from fs import daemon, mounts, runfile, stat, tuning, warmup
+from fs import daemon, mounts, runfile, stacks, stat, tuning, warmup
 from fs.device.base import Device
 from fs.errors import UserError
 from fs.front import options as grammar
@@ -87,10 +86,20 @@ class Session:
 
     async def run(self) -> None:
         """Open, mount, serve, unmount, close. Raises UserError if the mount does not come up."""
+        token = trio.lowlevel.current_trio_token()
+
+        def tell(threads: list[str]) -> None:
+            for line in threads:
+                self._log.warning("%s", line)
+            token.run_sync_soon(self._dump)
+
+        with stacks.heard(tell):
+            await self._run()
+
+    async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._hear_signals)
-            nursery.start_soon(self._hear_dumps)
             nursery.start_soon(self._report_end)
             nursery.start_soon(self._show_life)
             await trio.lowlevel.checkpoint()
@@ -100,6 +109,7 @@ class Session:
                 options.memory_bytes,
                 options.topology,
                 read_only=options.read_only,
+                norecovery=options.norecovery,
                 log=self._log,
                 paranoid=options.paranoid,
             ) as self._vol:
@@ -249,7 +259,7 @@ class Session:
         self._keeper.end(daemon.EXIT_INTERRUPTED, text)
         with contextlib.suppress(OSError):
             if self._is_ours():
-                mounts.unmount(self.options.mountpoint, lazy=True)
+                mounts.unmount(self.options.mountpoint, cut_off=True)
         logging.shutdown()
         os._exit(daemon.EXIT_INTERRUPTED)
 
@@ -273,15 +283,25 @@ class Session:
                         mountpoint,
                         error.strerror,
                     )
-                    await trio.to_thread.run_sync(
-                        pyfuse3.syncfs, mountpoint, abandon_on_cancel=True
-                    )
+                    await self._sync_kernel()
             if waiting.cancelled_caught:
                 self._log.warning("the kernel did not finish in %g s", UNMOUNT_SECONDS)
         if self._ops is None:
             self._nursery.cancel_scope.cancel()
         else:
             await self._drain(self._ops)
+
+    async def _sync_kernel(self) -> None:
+        """Have the kernel send what it has cached, by a process of its own.
+
+        A thread of ours that waits for ourselves could not be killed, and neither could we.
+        """
+        command = ["sync", "-f", self.options.mountpoint]
+        process = await trio.lowlevel.open_process(command, stderr=subprocess.DEVNULL)
+        try:
+            await process.wait()
+        finally:
+            process.kill()
 
     async def _drain(self, ops: Operations) -> None:
         """End the FUSE loop; cancel requests that do not come to an end."""
@@ -307,23 +327,6 @@ class Session:
             self._dump()
 
     # -- looking inside -------------------------------------------------------------------------
-
-    async def _hear_dumps(self) -> None:
-        """SIGUSR1: stacks of all threads at once, then requests, waiters for memory, all tasks."""
-        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
-            faulthandler.register(signal.SIGUSR1, file=self._log_stream(), chain=True)
-            try:
-                async for _ in signals:
-                    self._dump()
-            finally:
-                faulthandler.unregister(signal.SIGUSR1)
-
-    def _log_stream(self) -> Any:
-        for handler in self._log.handlers:
-            stream = getattr(handler, "stream", None)
-            if stream is not None:
-                return stream
-        return sys.stderr
 
     def _dump(self) -> None:
         """Write requests, who waits for memory, tasks and figures to the log."""

@@ -27,7 +27,7 @@ from fs.front.park import Front
 from fs.front.ring import ring_bell
 
 WAKE = signal.SIGUSR2
-# Those that a thread raises itself must reach it, and faulthandler's.
+# Those that a thread raises itself must reach it.
 OWN_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, WAKE}
 
 
