@@ -1,10 +1,10 @@
 """One XFS image, opened: geometry, caches, space, locks, background tasks, shutdown state.
 
-`Volume.open(...)` checks the superblock and the log, starts the background tasks in a nursery of
-its own and yields the volume; leaving it inactivates what is unlinked, writes everything and marks
-the image clean. There is no log yet, so a writable mount sets the superblock's needsrepair feature
-first and takes it back last: an image that crashed is refused, by the kernel and by us, until
-xfs_repair has seen it.
+`Volume.open(...)` checks the superblock, recovers the log, starts the background tasks in a nursery
+of its own and yields the volume; leaving it inactivates what is unlinked, writes everything and
+marks the image clean. Our own changes are not logged yet, so a writable mount sets the superblock's
+needsrepair feature first and takes it back last: an image that crashed is refused, by the kernel
+and by us, until xfs_repair has seen it.
 
 Locks, in the order in which they are taken: IOLOCK of inodes (ascending), a transaction's
 reservation, ILOCK of inodes (ascending), the space lock. One trio thread runs all of it, so the
@@ -24,7 +24,7 @@ import trio
 from alloc import gfp, lockdep
 from alloc.arena import Arena
 from alloc.topology import ONE, Topology
-from fs import enomem, namespace
+from fs import enomem, namespace, recovery
 from fs.cache import resident
 from fs.cache.ahead import Ahead
 from fs.cache.buf import BufCache
@@ -38,6 +38,7 @@ from fs.eofblocks import EofBlocks
 from fs.errors import Corrupt, ShutDown, UserError
 from fs.inodegc import InodeGc
 from fs.log import head
+from fs.log.region import Region
 from fs.log.transaction import Transaction
 from fs.space import Space
 from fs.xfs import ag, btkind, dirbuf, freespace, inobt, inode, residentino, superblock
@@ -133,27 +134,41 @@ class Volume:
         nodes: Topology = ONE,
         *,
         read_only: bool = False,
+        norecovery: bool = False,
         log: logging.Logger = default_log,
         paranoid: bool = False,
     ) -> AsyncIterator[Volume]:
         """Open the image on a device for the duration of a block.
 
-        `paranoid` verifies every metadata block before it is written, too. Raises UserError for
-        an image that is refused; it says why and what to do.
+        A log with changes is recovered first; a read-only volume of such an image is refused
+        unless `norecovery` asks for what is there without it. `paranoid` verifies every metadata
+        block before it is written, too. Raises UserError for an image that is refused; it says why
+        and what to do.
         """
-        geo = await _admit_image(device, read_only or device.read_only)
+        only_reads = read_only or device.read_only
+        assert only_reads or not norecovery
+        try:
+            geo, ends = await _admit_image(device, only_reads)
+            left = None
+            if not ends.clean and not norecovery:
+                geo, left = await _replay_log(device, geo, ends, only_reads, log)
+        except UserError as error:
+            raise UserError(f"{device.name}: {error}", MOUNT_FAILED) from error
+        except head.BadLog as error:
+            text = f"{device.name}: bad log: {error}; run xfs_repair"
+            raise UserError(text, MOUNT_FAILED) from error
         vol = Volume(
             device,
             geo,
             memory_bytes,
             nodes,
-            read_only=read_only or device.read_only,
+            read_only=only_reads,
             log=log,
             paranoid=paranoid,
         )
         try:
             async with trio.open_nursery() as nursery:
-                await vol._start(nursery)
+                await vol._start(nursery, left)
                 try:
                     yield vol
                 finally:
@@ -163,11 +178,11 @@ class Volume:
         finally:
             vol.arena.close()
 
-    async def _start(self, nursery: trio.Nursery) -> None:
+    async def _start(self, nursery: trio.Nursery, left: recovery.Recovery | None) -> None:
         self.inodes.read_image = self._read_inode
         self.inodes.evict = self.pages.evict
         self.inodes.unused = self.flusher.unused
-        self.inodes.freeing = self.pages.throttle.forget
+        self.inodes.freeing = self._forget
         self.inodes.start_inactivation = self.inodegc.add
         await self.bufs.start(max(self.geo.block_size, self.geo.cluster_bytes))
         await self.inodes.start()
@@ -189,6 +204,24 @@ class Volume:
             nursery.start_soon(self._in_background, self.eofblocks.run)
         nursery.start_soon(self._in_background, self.ahead.run)
         nursery.start_soon(self._in_background, self.inodegc.run)
+        if left is not None:
+            await self._finish_recovery(left)
+
+    async def _finish_recovery(self, left: recovery.Recovery) -> None:
+        """The guard is set; the log is closed before the first change that it does not know."""
+        try:
+            await left.close_log()
+            await recovery.finish(self, left.work)
+        except OSError as error:
+            raise UserError(
+                f"{self.dev.name}: recovery could not be finished: {error}; run xfs_repair",
+                MOUNT_FAILED,
+            ) from error
+
+    def _forget(self, handle: int) -> None:
+        """An in-core inode's memory goes: whoever knows it by its handle knows it no more."""
+        self.pages.throttle.forget(handle)
+        self.eofblocks.forget(handle)
 
     async def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run a task for the volume's life; a bug in it is a shutdown, not the mount's death.
@@ -424,8 +457,8 @@ class Volume:
         daddr, bbs, offset = inobt.imap(self.geo, ino)
         buf = await self.bufs.read(daddr, bbs, inode.INODE_OPS)
         try:
-            if ip.ino != ino or not ip.mode:
-                return  # freed while its cluster was read
+            if ip.ino != ino or not ip.dirty:
+                return  # its chunk was freed while the cluster was read
             self.inodes.mark_clean(ip)
             table, mem = self.inodes.table, self.arena.mem
             inode.pack(self.geo, table, ip.handle, mem, ip.image_addr, mem, buf.addr + offset)
@@ -470,21 +503,33 @@ class Volume:
         }
 
 
-async def _admit_image(device: Device, read_only: bool) -> Geometry:
-    """Superblock and log checks. Raises UserError."""
+async def _admit_image(device: Device, read_only: bool) -> tuple[Geometry, head.Ends]:
+    """Superblock checks, and the ends of the log. Raises UserError, BadLog."""
     raw = bytearray(min(SUPERBLOCK_READ, device.size))
     await device.read(0, [memoryview(raw)])
-    try:
-        sb = superblock.read(raw, device.size)
-        superblock.check_features(sb, writable=not read_only)
-        geo = superblock.geometry(sb)
-    except UserError as error:
-        raise UserError(f"{device.name}: {error}", error.exit_code) from error
-    if not await head.is_clean(device, geo):
+    sb = superblock.read(raw, device.size)
+    superblock.check_features(sb, writable=not read_only)
+    geo = superblock.geometry(sb)
+    return geo, await head.find(Region(device, geo))
+
+
+async def _replay_log(
+    device: Device, geo: Geometry, ends: head.Ends, read_only: bool, log: logging.Logger
+) -> tuple[Geometry, recovery.Recovery]:
+    """Bring home what the log says, and look at the superblock again, which may be other now."""
+    if read_only:
         raise UserError(
-            f"{device.name}: the log holds changes that were not written back. Mount the image "
-            "with the kernel's XFS once and unmount it, which replays the log; "
-            "or, losing those changes, run xfs_repair -L",
-            MOUNT_FAILED,
+            "the log holds changes that were not written back, and nothing may be written: mount "
+            "the image once without ro, or with -o ro,norecovery, which shows it as it is"
         )
-    return geo
+    try:
+        left = await recovery.replay(device, geo, ends, log)
+    except head.BadLog as error:
+        raise UserError(
+            f"the log cannot be replayed: {error}. Mount the image with the kernel's XFS once and "
+            "unmount it, which replays the log; or, losing what is in it, run xfs_repair -L"
+        ) from error
+    except OSError as error:
+        raise UserError(f"the log was not replayed: {error}; the next mount tries again") from error
+    geo, _ = await _admit_image(device, read_only)
+    return geo, left

@@ -118,6 +118,11 @@ class Inode:
         return f"<inode {self.ino:#x} handle {self.handle}>"
 
     @property
+    def dirty(self) -> bool:
+        """Does it differ from what its cluster's buffer has?"""
+        return bool(self.state & S_DIRTY)
+
+    @property
     def image_addr(self) -> int:
         """Byte offset in the arena of the inode's image; the literal area is 176 bytes in."""
         return int(self._fields["image"][self.handle]) << self._cache.inode_log
@@ -264,6 +269,13 @@ class InodeCache:
         except BaseException:
             self._images.free(image)
             raise
+
+    def freed(self, ino: int) -> int | None:
+        """The generation of a free inode that is in core; its cluster may not know it yet."""
+        handle = records.find(self.table, self._head, self.buckets, ino)
+        if not handle or not self.fields["state"][handle] & S_VALID:
+            return None
+        return None if self.fields["mode"][handle] else int(self.fields["gen"][handle])
 
     async def create(self, ino: int, gen: int) -> Inode:
         """The in-core inode of a freshly allocated ino: one reference, everything else zero.

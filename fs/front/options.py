@@ -63,6 +63,7 @@ class MountOptions:
     mpol: str = ""  # the memory policy, as alloc.mempolicy.parse reads it; empty: none
     stall: float = 2.0  # seconds that a wait for memory lasts when it is reported
     read_only: bool = False
+    norecovery: bool = False  # of a dirty log; only with read_only
     remount: bool = False
     atime: str = "relatime"
     diratime: bool = True
@@ -240,6 +241,7 @@ def _flag(text: str) -> bool:
 FLAGS: dict[str, dict[str, Any]] = {
     "ro": {"read_only": True},
     "rw": {"read_only": False},
+    "norecovery": {"norecovery": True},
     "remount": {"remount": True},
     "relatime": {"atime": "relatime"},
     "norelatime": {"atime": "strictatime"},
@@ -321,7 +323,6 @@ SHOWN_VALUES = frozenset(("user_id", "group_id", "rootmode", "fd", "max_read", "
 # Known to libfuse or XFS users, impossible here: the reason is a better answer than "unknown".
 REFUSED = {
     "max_read": "pyfuse3 cannot negotiate it",
-    "norecovery": "there is no log recovery to leave out",
     "kernel_cache": "say cache=writethrough or cache=writeback",
     "auto_cache": "say cache=writethrough or cache=writeback",
     "setuid": "start the mount as that user",
@@ -408,6 +409,8 @@ def resolve(options: MountOptions, source: str, mountpoint: str) -> MountOptions
     options = replace(options, source=source, mountpoint=mountpoint)
     if options.remount:
         return options
+    if options.norecovery and not options.read_only:
+        raise UserError("norecovery needs ro: who writes must recover the log first", EXIT_USAGE)
     if options.is_scratch:
         if options.image:
             raise UserError("scratch= and image= exclude each other; keep one", EXIT_USAGE)

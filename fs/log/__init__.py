@@ -1,1 +1,1 @@
-"""Transactions: the only way to dirty metadata."""
+"""Transactions, the only way to dirty metadata; the log, as far as it is read."""

@@ -142,18 +142,26 @@ async def _take(tp: Transaction, agno: int, agi: Buf, near: int) -> tuple[int, i
     chunk = await _find_free(tp, agno, agi, near)
     bit = (chunk.usable & -chunk.usable).bit_length() - 1
     ino = geo.ino(agno, chunk.startino + bit)
-    daddr, bbs, offset = imap(geo, ino)
-    buf = await tp.read(daddr, bbs, inode.INODE_OPS)
-    fault = inode.verify(geo, buf.mem, buf.addr + offset, ino)
-    if fault:
-        raise tp.vol.corrupt("inode", f"ino {ino}", fault)
-    if not inode.is_free(buf.mem, buf.addr + offset):
-        raise tp.vol.corrupt("inode", f"ino {ino}", "free in the inobt, but in use")
+    gen = tp.vol.inodes.freed(ino)
+    if gen is None:
+        gen = await _free_image(tp, ino)
     left = chunk._replace(freecount=chunk.freecount - 1, free=chunk.free & ~(1 << bit))
     await _update(tp, agno, agi, chunk, left)
     agi.rec(L.AGI)["freecount"] -= 1
     tp.log(agi)
-    return ino, inode.generation(buf.mem, buf.addr + offset)
+    return ino, gen
+
+
+async def _free_image(tp: Transaction, ino: int) -> int:
+    """The generation of an inode that is not in core, and must be free. Raises Corrupt."""
+    daddr, bbs, offset = imap(tp.vol.geo, ino)
+    buf = await tp.read(daddr, bbs, inode.INODE_OPS)
+    fault = inode.verify(tp.vol.geo, buf.mem, buf.addr + offset, ino)
+    if not fault and not inode.is_free(buf.mem, buf.addr + offset):
+        fault = "free in the inobt, but in use"
+    if fault:
+        raise tp.vol.corrupt("inode", f"ino {ino}", fault)
+    return inode.generation(buf.mem, buf.addr + offset)
 
 
 async def _find_free(tp: Transaction, agno: int, agi: Buf, near: int) -> Chunk:
@@ -320,9 +328,9 @@ def _count_new(tp: Transaction, agi: Buf, first: int, count: int) -> None:
 async def free(tp: Transaction, ip: Inode) -> None:
     """Free an inode that is off its unlinked list and has neither data nor attributes left.
 
-    The cluster buffer gets the freed inode, so the in-core one is clean afterwards and is never
-    written again: this must be the last thing a transaction does to it. A chunk without inodes
-    in use goes, too, unless a block holds more than one.
+    The in-core inode is free from then on, and is taken home like any other: this must be the
+    last thing a transaction does to it. A chunk without inodes in use goes, too, unless a block
+    holds more than one.
     """
     await tp.lock_space()
     geo, ino = tp.vol.geo, ip.ino
@@ -333,12 +341,7 @@ async def free(tp: Transaction, ip: Inode) -> None:
     bit = agino - chunk.startino if chunk is not None else RECORD_INODES
     if chunk is None or bit >= RECORD_INODES or chunk.free >> bit & 1:
         raise _corrupt(tp, agno, f"inode {ino} is not allocated")
-    daddr, bbs, offset = imap(geo, ino)
-    buf = await tp.read(daddr, bbs, inode.INODE_OPS)
-    gen = (ip.gen + 1) & L.NULL32
-    inode.set_freed(geo, buf.mem, buf.addr + offset, gen)
-    tp.log(buf)
-    _forget_core(tp, ip, gen)
+    _set_free(tp, ip)
     new = chunk._replace(freecount=chunk.freecount + 1, free=chunk.free | 1 << bit)
     header = agi.rec(L.AGI)
     header["freecount"] += 1
@@ -349,15 +352,15 @@ async def free(tp: Transaction, ip: Inode) -> None:
         await _update(tp, agno, agi, chunk, new)
 
 
-def _forget_core(tp: Transaction, ip: Inode, gen: int) -> None:
-    """The in-core inode is free and agrees with its cluster."""
+def _set_free(tp: Transaction, ip: Inode) -> None:
+    """The in-core inode is free, of the next generation."""
     ip.mode = ip.nlink = 0
     ip.size = ip.disk_size = ip.nblocks = ip.nextents = ip.anextents = 0
     ip.forkoff, ip.flags = 0, 0
     ip.format = ip.aformat = L.FMT_EXTENTS
     ip.flags2 = inode.new_flags2(tp.vol.geo)
-    ip.gen = gen
-    tp.vol.inodes.mark_clean(ip)
+    ip.gen = (ip.gen + 1) & L.NULL32
+    tp.log_inode(ip)
 
 
 async def _drop_chunk(tp: Transaction, agno: int, agi: Buf, old: Chunk, new: Chunk) -> None:

@@ -601,26 +601,6 @@ def init_free(mem, addr, n, ino, gen, uuid, limits):
         crc_stamp(mem, at, size, CRC)
 
 
-@kernel("void(u1[::1], i8, i8, i8, i8[::1])")
-def set_free(mem, addr, gen, flags2, limits):
-    """Turn the inode image at mem[addr:] into a freed one, off every unlinked list."""
-    put16(mem, addr + MODE, 0)
-    mem[addr + FORMAT] = np.uint8(FMT_EXTENTS)
-    mem[addr + AFORMAT] = np.uint8(FMT_EXTENTS)
-    mem[addr + FORKOFF] = np.uint8(0)
-    put32(mem, addr + NLINK, 0)
-    put64(mem, addr + SIZE, np.uint64(0))
-    put64(mem, addr + NBLOCKS, np.uint64(0))
-    put64(mem, addr + BIG_NEXTENTS, np.uint64(0))
-    put32(mem, addr + NEXTENTS, 0)
-    put16(mem, addr + ANEXTENTS, 0)
-    put16(mem, addr + FLAGS, 0)
-    put64(mem, addr + FLAGS2, np.uint64(flags2))
-    put32(mem, addr + GEN, gen)
-    put32(mem, addr + NEXT_UNLINKED, NULL32)
-    crc_stamp(mem, addr, limits[X.INODE_SIZE], CRC)
-
-
 @kernel("void(u1[::1], i8, i8, i8)")
 def set_next_unlinked(mem, addr, agino, inode_size):
     """Change the unlinked link of the inode image at mem[addr:]."""
@@ -671,8 +651,3 @@ INODE_OPS = BufOps("inode cluster", None, _verify_cluster, LOG_TYPE_INODE)
 def init_chunk(geo: Geometry, mem: Any, addr: int, count: int, ino: int, gen: int) -> None:
     """Fill a new cluster with free inodes; `gen` is one random number for the chunk."""
     init_free(mem, addr, count, ino, gen, _uuid(geo), limits(geo))
-
-
-def set_freed(geo: Geometry, mem: Any, addr: int, gen: int) -> None:
-    """What the cluster says of an inode once it is freed; `gen` is its next generation."""
-    set_free(mem, addr, gen, new_flags2(geo), limits(geo))

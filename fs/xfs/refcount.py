@@ -3,8 +3,7 @@
 The reference count tree of an AG (XFS format: refcountbt) has a record only for blocks that two or
 more files' data map; what it does not mention has one owner. Neighbours with the same count are
 one record. Records with bit 31 set in their start belong to copy-on-write staging of an earlier
-mount; they lie behind all others in the order and are left alone: the kernel takes them back when
-it next mounts the image after a crash.
+mount; they lie behind all others in the order. Recovery takes them back; we make none.
 
 `increase` and `decrease` take an extent inside one AG. They read the records around it, compute
 what should be there and apply the difference. Locking: under the space lock, which they take.
@@ -142,13 +141,18 @@ async def increase(tp: Transaction, fsbno: int, n: int) -> None:
 
 async def decrease(tp: Transaction, fsbno: int, n: int, owner: Owner) -> None:
     """`owner` no longer maps the extent: forget that, and free what nobody else maps."""
-    geo = tp.vol.geo
-    agno, start = geo.agno_of(fsbno), geo.agbno_of(fsbno)
-    end = start + n
-    if not geo.has_reflink:
+    if not tp.vol.geo.has_reflink:
         await freespace.free(tp, fsbno, n, owner)
         return
     await rmap.unmap(tp, fsbno, n, owner)
+    await drop(tp, fsbno, n)
+
+
+async def drop(tp: Transaction, fsbno: int, n: int) -> None:
+    """As `decrease`, where the reverse map has forgotten the mapping already."""
+    geo = tp.vol.geo
+    agno, start = geo.agno_of(fsbno), geo.agbno_of(fsbno)
+    end = start + n
     _, before = await _change(tp, agno, start, n, -1)
     at = start
     for record in before:
@@ -159,3 +163,42 @@ async def decrease(tp: Transaction, fsbno: int, n: int, owner: Owner) -> None:
             at = high
     if at < end:
         await freespace.free(tp, geo.fsb(agno, at), end - at, None)
+
+
+# -- copy-on-write staging, which only recovery meets ---------------------------------------------
+
+
+async def first_staged(tp: Transaction, agno: int) -> tuple[int, int] | None:
+    """The first extent that was prepared for a copy on write, as (fsbno, length), or None."""
+    await tp.lock_space()
+    cur = Cursor(refcount_root(tp, agno, await ag.read_agf(tp, agno)))
+    if not await cur.lookup_ge(COW_START):
+        return None
+    start, length, _ = cur.record()
+    return tp.vol.geo.fsb(agno, start - COW_START), length
+
+
+async def stage(tp: Transaction, fsbno: int, n: int) -> None:
+    """Record that blocks were prepared for a copy on write."""
+    cur, start, agf = await _staging(tp, fsbno)
+    await cur.insert(Shared(start, n, 1))
+    tp.vol.ags.learn(tp.vol.geo.agno_of(fsbno), agf)
+
+
+async def unstage(tp: Transaction, fsbno: int, n: int) -> None:
+    """Forget that blocks were prepared for a copy on write. Raises Corrupt if they were not."""
+    cur, start, agf = await _staging(tp, fsbno)
+    found = Shared(*cur.record()) if await cur.lookup_le(start) else None
+    if found is None or found.end < start + n:
+        raise cur.root.corrupt(f"blocks {start - COW_START}+{n}", "not prepared for a copy")
+    before = Shared(found.start, start - found.start, 1)
+    behind = Shared(start + n, found.end - start - n, 1)
+    await _apply(cur, [found], [piece for piece in (before, behind) if piece.length])
+    tp.vol.ags.learn(tp.vol.geo.agno_of(fsbno), agf)
+
+
+async def _staging(tp: Transaction, fsbno: int) -> tuple[Cursor, int, Buf]:
+    geo = tp.vol.geo
+    agf = await freespace.prepare(tp, geo.agno_of(fsbno))
+    cur = Cursor(refcount_root(tp, geo.agno_of(fsbno), agf))
+    return cur, COW_START + geo.agbno_of(fsbno), agf

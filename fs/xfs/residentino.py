@@ -22,7 +22,16 @@ from alloc.jit import helper, kernel
 from alloc.libc import memcpy
 from fs.cache import resident as R
 from fs.cache.incore import S_VALID
-from fs.cache.resident import MISS, addr_of, ag_length, clean_inode, find_buf, log_buf, sample
+from fs.cache.resident import (
+    MISS,
+    addr_of,
+    ag_length,
+    clean_inode,
+    find_buf,
+    log_buf,
+    log_inode,
+    sample,
+)
 from fs.cache.thread import chain_find
 from fs.xfs import btblock as bt
 from fs.xfs import inode
@@ -196,13 +205,26 @@ def plan_take(r, parent):
     if r.mem[rec + REC_FREECOUNT] == 1 and not T.can_delete(r, P_FREES, bt.FINO):
         return np.int64(MISS)
     bit = np.int64(count_trailing_zeros(usable))
-    cluster, image = find_cluster(r, agno, start + bit)
     ino = (agno << r.shape[R.G_AGINO_LOG]) | (start + bit)
+    r.plan[P_BIT], r.plan[P_INO] = bit, ino
+    return plan_generation(r, agno, ino)
+
+
+@helper
+def plan_generation(r, agno, ino):
+    """Note which generation an inode has that must be free; 0, or MISS.
+
+    One that was freed not long ago is in core, and its cluster may not know it yet.
+    """
+    i = R.find_inode(r, ino)
+    if i != 0:
+        r.plan[P_GEN] = np.int64(r.inodes["gen"][i])
+        return np.int64(MISS if r.inodes["mode"][i] else 0)
+    cluster, image = find_cluster(r, agno, ino & ((np.int64(1) << r.shape[R.G_AGINO_LOG]) - 1))
     if cluster == 0 or get16(r.mem, image + inode.MODE):
         return np.int64(MISS)
     if inode.verify_image(r.mem, image, ino, r.uuid, r.limits):
         return np.int64(MISS)
-    r.plan[P_BIT], r.plan[P_INO] = bit, ino
     r.plan[P_GEN] = get32(r.mem, image + inode.GEN)
     return np.int64(0)
 
@@ -283,10 +305,8 @@ def plan_cluster(r, agno, agino):
 
 
 @helper
-def give(r, gen):
-    """Carry out `plan_give`; `gen` is the inode's next generation."""
-    inode.set_free(r.mem, r.plan[P_IMAGE], gen, r.shape[R.G_FLAGS2], r.limits)
-    log_buf(r, r.plan[P_CLUSTER])
+def give(r):
+    """Carry out `plan_give`."""
     bit = r.plan[P_BIT]
     rec = T.leaf_rec(r, P_CHUNKS, bt.INO)
     listed = r.mem[rec + REC_FREECOUNT] != 0
@@ -373,7 +393,7 @@ def plan_unlist(r, i):
 
 @helper
 def unlist(r, i):
-    """Carry out `plan_unlist`; the inode's own link is `give`'s business."""
+    """Carry out `plan_unlist`."""
     ino = np.int64(r.inodes["ino"][i])
     agino = ino & ((np.int64(1) << r.shape[R.G_AGINO_LOG]) - 1)
     behind = inode.next_unlinked(r.mem, r.plan[P_IMAGE])
@@ -384,21 +404,22 @@ def unlist(r, i):
     else:
         put32(r.mem, head_at(r, agino), behind)
         log_buf(r, r.plan[P_AGI])
+    set_next(r, r.plan[P_CLUSTER], r.plan[P_IMAGE], NULL32)
     r.inodes["unlinked_prev"][i] = 0
     remember(r, ino - agino, behind, before)
 
 
 @helper
-def forget_core(r, i, gen):
-    """The in-core inode is free and agrees with its cluster."""
+def set_free(r, i):
+    """The in-core inode is free, of the next generation."""
     t = r.inodes[i]
     t.mode = t.nlink = 0
     t.size = t.disk_size = t.nblocks = t.nextents = t.anextents = 0
     t.forkoff = t.flags = 0
     t.format = t.aformat = L.FMT_EXTENTS
     t.flags2 = r.shape[R.G_FLAGS2]
-    t.gen = gen
-    clean_inode(r, i)
+    t.gen = (np.int64(t.gen) + 1) & NULL32
+    log_inode(r, i)
 
 
 @helper
@@ -408,9 +429,8 @@ def free_inode(r, i):
     if plan_give(r, ino) < 0 or plan_unlist(r, i) < 0:
         return np.int64(MISS)
     unlist(r, i)
-    gen = (np.int64(r.inodes["gen"][i]) + 1) & NULL32
-    give(r, gen)
-    forget_core(r, i, gen)
+    give(r)
+    set_free(r, i)
     return np.int64(0)
 
 
@@ -428,9 +448,6 @@ def flush(r, most):
         i = R.first_dirty(r)
         if i == 0:
             break
-        if r.inodes["mode"][i] == 0:
-            clean_inode(r, i)  # freed: `give`, or `inobt.free`, wrote it already
-            continue
         ino = np.int64(r.inodes["ino"][i])
         agno = ino >> r.shape[R.G_AGINO_LOG]
         agino = ino & ((np.int64(1) << r.shape[R.G_AGINO_LOG]) - 1)

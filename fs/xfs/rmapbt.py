@@ -125,6 +125,17 @@ async def remove(tp: Transaction, agno: int, agf: Buf, start: int, n: int, owner
         rest = rest.at(end, rest.end - end)
 
 
+async def remove_any(tp: Transaction, agno: int, agf: Buf, start: int, n: int) -> None:
+    """Forget whoever owns blocks start .. start+n: one record covers all of them, or none any."""
+    cur = cursor(tp, agno, agf)
+    if not await cur.overlap(start, start + n - 1):
+        return
+    whole = Rmap(*cur.record())
+    if whole.start > start or whole.end < start + n:
+        raise cur.root.corrupt(f"blocks {start}+{n}", "partly owned")
+    await _cut(cur, whole, start, start + n)
+
+
 async def _cut(cur: Cursor, whole: Rmap, start: int, end: int) -> None:
     """Take blocks start..end out of the record under the cursor."""
     head, tail = start - whole.start, whole.end - end

@@ -6,8 +6,8 @@ in the cluster buffers only, each change stamps that inode's CRC. In-core inodes
 in front of them, so that taking one out of a long list needs no walk; the list is believed over
 the memory.
 
-Everything is under the space lock, which the functions take. At a mount there is nothing to do:
-a list is only non-empty on an image that was not unmounted.
+Everything is under the space lock, which the functions take. At a mount a list is only non-empty
+on an image that was not unmounted: recovery frees who is on it.
 """
 
 from __future__ import annotations

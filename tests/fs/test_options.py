@@ -74,7 +74,6 @@ def test_ignored_words_change_nothing(words: str) -> None:
         ("ro=1", "ro"),
         ("memory", "memory"),
         ("max_read=4096", "max_read"),
-        ("norecovery", "norecovery"),
         ("defaults=1", "defaults"),
     ],
 )
@@ -123,6 +122,13 @@ def test_policies() -> None:
     chosen = parse(f"policy={grammar.escape('inject:p=0.5,seed=7,site=folio')},ro")
     assert chosen.policy == "inject:p=0.5,seed=7,site=folio"
     assert chosen.read_only
+
+
+def test_who_writes_recovers_the_log() -> None:
+    assert grammar.resolve(parse("norecovery,ro"), "/tmp/a", "/mnt").norecovery
+    assert "norecovery=True" in grammar.describe(parse("norecovery,ro"))
+    with pytest.raises(UserError, match="needs ro"):
+        grammar.resolve(parse("norecovery"), "/tmp/a", "/mnt")
 
 
 def test_latency() -> None:

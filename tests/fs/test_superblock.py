@@ -13,6 +13,7 @@ import pytest
 from fs.device.image import ImageFile
 from fs.errors import UserError
 from fs.log import head
+from fs.log.region import Region
 from fs.xfs import layout as L
 from fs.xfs import superblock
 from fs.xfs.crc import crc_stamp
@@ -27,7 +28,7 @@ async def look(image: Path) -> tuple[Geometry, bool]:
     sb = superblock.read(raw, device.size)
     superblock.check_features(sb, writable=True)
     geo = superblock.geometry(sb)
-    clean = await head.is_clean(device, geo)
+    clean = (await head.find(Region(device, geo))).clean
     device.close()
     return geo, clean
 
