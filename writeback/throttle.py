@@ -5,8 +5,8 @@ always say which task writes. Below the ceiling of free run nobody is held back 
 known of writers; above it each has credit for some pages, which lanes may use without asking, and
 when that is used up pauses for as long as the device takes for them at the writer's rate
 (`bandwidth.py`, `position.py`, `pause.py`). Time that a writer spent otherwise since its last pause
-is credited, up to a second. At the limit writers pause until there is room again. Writers do no
-I/O: they wake the flusher.
+is credited, up to a second. At the limit writers look every few milliseconds until there is room
+again. Writers do no I/O: they wake the flusher.
 
 What a writer dirtied and did not pay for when it is forgotten (the table is small, and whoever
 wrote longest ago leaves it) goes to the next one, so that many small files are held back as one
@@ -33,6 +33,7 @@ WRITERS_MOST = 256
 FIRST_PAGES = 32  # that a writer may dirty before it is looked at, when nobody ever was
 EXCEEDED_PAGES = 8  # that every writer may, when the device has too much
 CREDIT_MS = HZ
+LIMIT_LOOKS = 8  # in the longest pause; Linux looks once, and two such pauses are one write's
 RATELIMIT_SHARE = 32  # somebody is looked at whenever this part of the threshold was dirtied
 
 
@@ -221,7 +222,8 @@ class Throttle:
         longest = pause.max_pause(at.dirty, bandwidth.avg)
         shortest, next_pages = pause.target(longest, bandwidth.avg, bandwidth.ratelimit, rate)
         if not rate:
-            return Plan(longest, False, now + longest, next_pages)
+            ms = max(longest // LIMIT_LOOKS, 1)
+            return Plan(ms, False, now + ms, next_pages)
         since = writer.paused_when or now
         period = HZ * pages // rate
         ms = period - (now - since)
