@@ -77,7 +77,7 @@ def mount(
 
     Options of -o: ro rw noatime nodiratime relatime strictatime lazytime sync dirsync suid dev
     exec allow_other allow_root acl noacl auto_unmount remount paranoid lockdep debug foreground
-    image=PATH scratch=SIZE mkfs=WORDS device=bw=,iops=,lat=,jitter=,seed=
+    image=PATH direct=auto|on|off scratch=SIZE mkfs=WORDS device=bw=,iops=,lat=,jitter=,seed=
     faults=write=,torn=,read=,flush=,seed=,first=,last= record=PATH memory=SIZE
     cache=none|writethrough|writeback fsname= subtype= log=
     policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= numa=N

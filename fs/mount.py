@@ -300,11 +300,20 @@ def _user_error(group: BaseExceptionGroup[BaseException]) -> UserError | None:
 
 
 def open_device(options: MountOptions) -> ImageFile:
-    """The device that holds the image; a scratch image is made and formatted here."""
+    """The device that holds the image; a scratch image is made and formatted here.
+
+    Raises UserError if transfers were to be direct and cannot.
+    """
     from fs.device.image import ImageFile, Memory
 
     if not options.is_scratch:
-        return ImageFile(options.image, read_only=options.read_only)
+        image = ImageFile(options.image, read_only=options.read_only, direct=options.direct)
+        if options.direct == "on" and not image.is_direct:
+            image.close()
+            raise UserError(
+                f"direct=on: what holds {options.image} has no direct I/O", mounts.MOUNT_FAILED
+            )
+        return image
     device = Memory(options.scratch_bytes, options.mount_source)
     try:
         format_image(device.path, options.mkfs)

@@ -28,6 +28,7 @@ from tools.targets import (
     make_image,
     ours,
     program,
+    run,
     size_of,
     unmount,
 )
@@ -65,6 +66,48 @@ def kernel_mount(image: Path, where: Path, options: str = "loop") -> Iterator[Pa
     """The kernel's XFS on `image`; yields the mount point."""
     with kernel_xfs(image, where, options) as target:
         yield target.path
+
+
+def need_direct(directory: Path) -> None:
+    """Skip where files have no direct I/O: where the flag is refused, or means nothing."""
+    probe = directory / "probe"
+    probe.write_bytes(bytes(4096))
+    why = f"files in {directory} have no direct I/O"
+    try:
+        fd = os.open(probe, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        pytest.skip(why)
+    try:
+        os.pread(fd, 1, 1)
+    except OSError:
+        return
+    finally:
+        os.close(fd)
+    pytest.skip(why)
+
+
+def direct_descriptors(pid: int, file: os.stat_result) -> int:
+    """How many descriptors of a process are on this file and have O_DIRECT."""
+    found = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            opened = os.stat(f"/proc/{pid}/fd/{fd}")
+            info = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        except OSError:  # it is closed by now
+            continue
+        if (opened.st_dev, opened.st_ino) == (file.st_dev, file.st_ino):
+            found += bool(int(info.split("flags:")[1].split()[0], 8) & os.O_DIRECT)
+    return found
+
+
+@contextmanager
+def loop_device(image: Path, *words: str) -> Iterator[Path]:
+    """A loop device on `image`, made with these words of losetup(8)."""
+    path = Path(run("losetup", "--find", "--show", *words, image).strip())
+    try:
+        yield path
+    finally:
+        run("losetup", "--detach", path)
 
 
 @contextmanager

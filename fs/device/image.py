@@ -4,6 +4,9 @@ Transfers go through a small pool of threads, because pread and pwrite release t
 device may take milliseconds; a hop costs about 60 us. An image in memory (a memfd) has nothing to
 wait for, so its transfers run in place. What is discarded becomes a hole in an image file; a
 block device is told.
+
+Transfers that `direct.py` takes pass the page cache by. One that the kernel refuses then is done
+again through the cache, from its beginning: it may have been done in part.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import trio
 
+from fs.device import direct as ways
 from fs.device.base import Views
 from fs.device.sizes import READ, WRITE, Sizes
 
@@ -27,6 +32,8 @@ IOV_MAX = 1024
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # fallocate(2)
 BLKDISCARD = 0x1277  # ioctl(2) of block devices: (offset, length) in bytes
 CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.ENODEV)
+
+Found = TypeVar("Found")
 
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -59,11 +66,6 @@ def _after(views: list[memoryview], done: int) -> list[memoryview]:
     return [views[at][done:], *views[at + 1 :]]
 
 
-def _read_each(fd: int, requests: Sequence[tuple[int, Views]]) -> None:
-    for offset, views in requests:
-        _transfer(os.preadv, fd, views, offset, "read")
-
-
 def _discard(fd: int, offset: int, length: int) -> None:
     """Give the place back. Raises OSError(EOPNOTSUPP) where that is unknown."""
     try:
@@ -78,13 +80,17 @@ def _discard(fd: int, offset: int, length: int) -> None:
 
 
 class ImageFile:
-    """An image in a regular file or on a block device."""
+    """An image in a regular file or on a block device.
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
+    direct: one of `direct.MODES`; `is_direct` says whether any transfer can be.
+    """
+
+    def __init__(self, path: str, *, read_only: bool = False, direct: str = "auto") -> None:
         self.name = path
         self.path = path
         self.read_only = read_only
         self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        self._direct = ways.reopen(self._fd, direct, read_only=read_only)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
         self._threads = trio.CapacityLimiter(IO_THREADS)
         self.sizes = Sizes()
@@ -92,9 +98,14 @@ class ImageFile:
     def fileno(self) -> int:
         return self._fd
 
+    @property
+    def is_direct(self) -> bool:
+        return self._direct is not None
+
     async def read(self, offset: int, views: Views) -> None:
         self.sizes.note(READ, views)
-        await self._run(partial(_transfer, os.preadv, self._fd, views, offset, "read"))
+        if await self._run(partial(self._read, offset, views)):
+            self.sizes.note_direct(READ, views)
 
     async def read_all(self, requests: Sequence[tuple[int, Views]]) -> None:
         if len(requests) == 1:
@@ -103,12 +114,35 @@ class ImageFile:
             for _, views in requests:
                 self.sizes.note(READ, views)
             # One hop for all: a fragmented file's window is hundreds of pieces of one block.
-            await self._run(partial(_read_each, self._fd, requests))
+            for views in await self._run(partial(self._read_each, requests)):
+                self.sizes.note_direct(READ, views)
 
     async def write(self, offset: int, views: Views) -> None:
         assert not self.read_only
         self.sizes.note(WRITE, views)
-        await self._run(partial(_transfer, os.pwritev, self._fd, views, offset, "write"))
+        if await self._run(partial(self._write, offset, views)):
+            self.sizes.note_direct(WRITE, views)
+
+    def _read(self, offset: int, views: Views) -> bool:
+        return self._move(os.preadv, views, offset, "read")
+
+    def _read_each(self, requests: Sequence[tuple[int, Views]]) -> list[Views]:
+        return [views for offset, views in requests if self._read(offset, views)]
+
+    def _write(self, offset: int, views: Views) -> bool:
+        return self._move(os.pwritev, views, offset, "write")
+
+    def _move(self, call: Callable[..., int], views: Views, offset: int, what: str) -> bool:
+        """One transfer; whether it was direct."""
+        if self._direct is not None and self._direct.takes(offset, views):
+            try:
+                _transfer(call, self._direct.fd, views, offset, what)
+                return True
+            except OSError as error:
+                if error.errno not in ways.REFUSED:
+                    raise
+        _transfer(call, self._fd, views, offset, what)
+        return False
 
     async def discard(self, offset: int, length: int) -> None:
         assert not self.read_only
@@ -118,10 +152,13 @@ class ImageFile:
         if not self.read_only:
             await self._run(partial(os.fdatasync, self._fd))
 
-    async def _run(self, call: Callable[[], None]) -> None:
-        await trio.to_thread.run_sync(call, limiter=self._threads)
+    async def _run(self, call: Callable[[], Found]) -> Found:
+        return await trio.to_thread.run_sync(call, limiter=self._threads)
 
     def close(self) -> None:
+        if self._direct is not None:
+            os.close(self._direct.fd)
+            self._direct = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -134,10 +171,10 @@ class Memory(ImageFile):
         fd = os.memfd_create(name)
         os.ftruncate(fd, size)
         path = f"/proc/{os.getpid()}/fd/{fd}"
-        super().__init__(path)
+        super().__init__(path, direct="off")
         os.close(fd)
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         self.name = name
 
-    async def _run(self, call: Callable[[], None]) -> None:
-        call()
+    async def _run(self, call: Callable[[], Found]) -> Found:
+        return call()

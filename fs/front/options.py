@@ -21,7 +21,7 @@ from typing import Any
 
 from alloc import mempolicy, policy, topology
 from alloc.topology import Topology
-from fs.device import faulty, model
+from fs.device import direct, faulty, model
 from fs.errors import UserError
 
 EXIT_USAGE = 1
@@ -53,6 +53,7 @@ class MountOptions:
     image: str = ""
     scratch_bytes: int = 0
     mkfs: str = ""
+    direct: str = "auto"  # which transfers pass the page cache below by, of fs.device.direct.MODES
     device: str = ""  # a model of a slower device, as fs.device.model.parse reads it; empty: none
     faults: str = ""  # which requests to it fail, as fs.device.faulty.parse reads it
     record: str = ""  # a file for a log of writes
@@ -164,6 +165,14 @@ def _cache(text: str) -> str:
     if text not in CACHE_MODES:
         raise UserError(
             f"cache={text} is unknown; choose one of {', '.join(CACHE_MODES)}", EXIT_USAGE
+        )
+    return text
+
+
+def _direct(text: str) -> str:
+    if text not in direct.MODES:
+        raise UserError(
+            f"direct={text} is unknown; choose one of {', '.join(direct.MODES)}", EXIT_USAGE
         )
     return text
 
@@ -281,6 +290,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "image": ("image", str),
     "scratch": ("scratch_bytes", parse_size),
     "mkfs": ("mkfs", str),
+    "direct": ("direct", _direct),
     "device": ("device", _parsed_by(model.parse)),
     "faults": ("faults", _parsed_by(faulty.parse)),
     "record": ("record", os.path.abspath),
@@ -416,6 +426,8 @@ def resolve(options: MountOptions, source: str, mountpoint: str) -> MountOptions
             raise UserError("scratch= and image= exclude each other; keep one", EXIT_USAGE)
         if options.read_only:
             raise UserError("a scratch image that nobody can write is useless: drop ro", EXIT_USAGE)
+        if options.direct == "on":
+            raise UserError("direct=on: a scratch image has no device below", EXIT_USAGE)
         return replace(options, source=source or "scratch")
     image = options.image or source
     if not image:

@@ -18,7 +18,7 @@ from alloc.topology import ONE, Topology
 from fs import namespace
 from fs.cache.inode import Inode
 from fs.device.base import Views
-from fs.device.image import ImageFile
+from fs.device.image import Found, ImageFile
 from fs.volume import Volume
 
 IMAGES = {
@@ -57,10 +57,10 @@ class SlowImage(ImageFile):
             raise OSError(errno.EIO, "the device failed, as it was told to")
         await super().write(offset, views)
 
-    async def _run(self, call: Callable[[], None]) -> None:
+    async def _run(self, call: Callable[[], Found]) -> Found:
         if self._pause_s:
             await trio.sleep(self._random.random() * self._pause_s)
-        call()
+        return call()
 
 
 @asynccontextmanager

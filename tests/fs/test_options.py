@@ -93,6 +93,7 @@ def test_what_cannot_be_done_is_refused_by_name(word: str, name: str) -> None:
         *("latency=0", "latency=fast"),
         *("policy=", "policy=bsd", "policy=inject", "policy=inject:p=2", "policy=linux:p=1"),
         *("device=", "device=fast", "device=bw=fast", "device=bw=1M\\,bw=2M", "device=lat=2"),
+        *("direct=", "direct=yes"),
         *("procdir=", "procdir=.", "procdir=..", "procdir=a/b", "procdir=" + "x" * 256),
     ],
 )
@@ -129,6 +130,16 @@ def test_who_writes_recovers_the_log() -> None:
     assert "norecovery=True" in grammar.describe(parse("norecovery,ro"))
     with pytest.raises(UserError, match="needs ro"):
         grammar.resolve(parse("norecovery"), "/tmp/a", "/mnt")
+
+
+def test_direct_transfers() -> None:
+    assert parse().direct == "auto"
+    assert [parse(f"direct={mode}").direct for mode in ("auto", "on", "off")] == [
+        *("auto", "on", "off")
+    ]
+    assert "direct=off" in grammar.describe(parse("direct=off"))
+    with pytest.raises(UserError, match="direct=on"):
+        grammar.resolve(parse("direct=on,scratch=1G"), "", "/mnt")
 
 
 def test_latency() -> None:

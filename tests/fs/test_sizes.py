@@ -28,6 +28,9 @@ def test_every_request_is_in_its_row(seed: int) -> None:
         while row and row > kib:
             row //= 2
         sizes.note(kind, pieces)
+        if rng.random() < 0.3:
+            sizes.note_direct(kind, pieces)
+            counts[f"direct_{'reads' if kind == READ else 'writes'}.{row}"] += 1
         counts[f"{'reads' if kind == READ else 'writes'}.{row}"] += 1
         counts[f"{title}_kB.{row}"] += kib
     found = stats.figures_of(io_text(sizes))

@@ -277,11 +277,9 @@ async def test_a_memory_device_gives_its_pages_back() -> None:
 @support.needs_root
 async def test_a_block_device_is_told(scratch: Path) -> None:
     image = support.mkfs(scratch)
-    words = ["losetup", "--find", "--show", str(image)]
-    loop = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
     data = os.urandom(4 << 20)
-    try:
-        device = ImageFile(loop)
+    with support.loop_device(image) as loop:
+        device = ImageFile(str(loop))
         async with Volume.open(device, 16 << 20, paranoid=True) as vol:
             async with a_file(vol, b"keep") as keep, a_file(vol, b"go") as go:
                 for ip in (keep, go):
@@ -292,8 +290,6 @@ async def test_a_block_device_is_told(scratch: Path) -> None:
                 assert await trim.trim(vol, 0, EVERYTHING, 0) > len(data)
                 assert full - allocated(image) > len(data) // 2
         device.close()
-    finally:
-        subprocess.run(["losetup", "--detach", loop], check=True)
     support.assert_clean(image)
     with support.kernel_mount(image, scratch / "mnt") as root:
         assert (root / "keep").read_bytes() == data
