@@ -77,16 +77,16 @@ def _no_fault(geo: Geometry, buf: Buf, owner: int | None) -> str:
 
 @dataclass(frozen=True, eq=False)
 class BufOps:
-    """What a kind of metadata block is: its checks, and where its CRC is.
+    """What a kind of metadata block is: its checks, and where its CRC and its LSN are.
 
-    `verify(geo, buf, owner)` returns a reason, or "" if the block is sound. `crc_offset` is None
-    for inode clusters, whose inodes carry a CRC each. `log_type` is the log's content type.
+    `verify(geo, buf, owner)` returns a reason, or "" if the block is sound. Both offsets are None
+    for inode clusters, whose inodes carry a CRC and an LSN each.
     """
 
     name: str
     crc_offset: int | None
     verify: Callable[[Geometry, Buf, int | None], str] = _no_fault
-    log_type: int = 0
+    lsn_offset: int | None = None
 
 
 class Buf:

@@ -24,7 +24,6 @@ ICREATE_HEAD = struct.Struct("<HH").size
 ICREATE_BODY = struct.Struct(">IIIIII")  # AG, block, inodes, bytes of one, blocks, generation
 INODE_BUF, CANCEL, DQUOT = 0x1, 0x2, 0x1C
 TYPE_SHIFT = 11
-BUF_DIR_BLOCK, BUF_DIR_DATA, BUF_DIR_FREE, BUF_DIR_LEAF1, BUF_DIR_LEAFN = range(10, 15)
 CORE, DDATA, DEXT, DBROOT, DEV = 1, 2, 4, 8, 0x10
 ADATA, AEXT, ABROOT = 0x40, 0x80, 0x100
 DOWNER, AOWNER = 0x200, 0x400

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fs.device.base import Device
-from fs.log import items
+from fs.log import blocks, items
 from fs.log.checkpoints import Checkpoint, Item, committed
 from fs.log.head import BadLog, Ends
 from fs.log.intents import Pending
@@ -37,33 +37,9 @@ from fs.xfs.crc import crc_stamp
 from fs.xfs.geometry import Geometry
 
 Block = NDArray[np.uint8]
-AG_TREES = (
-    *(L.MAGIC_BNOBT, L.MAGIC_CNTBT, L.MAGIC_INOBT, L.MAGIC_FINOBT),
-    *(L.MAGIC_RMAPBT, L.MAGIC_REFCOUNTBT),
-)
-STAMPED: dict[int, np.dtype[Any]] = {
-    L.MAGIC_SB: L.SB,
-    L.MAGIC_AGF: L.AGF,
-    L.MAGIC_AGI: L.AGI,
-    L.MAGIC_AGFL: L.AGFL,
-    **dict.fromkeys(AG_TREES, L.SHORT_BLOCK),
-    L.MAGIC_BMBT: L.LONG_BLOCK,
-    **dict.fromkeys((L.MAGIC_DIR_BLOCK, L.MAGIC_DIR_DATA), L.DIR_DATA_HEADER),
-    L.MAGIC_DIR_FREE: L.DIR_FREE_HEADER,
-    L.MAGIC_SYMLINK: L.SYMLINK_HEADER,
-}
-DA_BLOCKS = (L.MAGIC_DIR_LEAF1, L.MAGIC_DIR_LEAFN, L.MAGIC_DA_NODE, L.MAGIC_ATTR_LEAF)
-DIR_KINDS = range(items.BUF_DIR_BLOCK, items.BUF_DIR_LEAFN + 1)
+DIR_KINDS = range(blocks.DIR_BLOCK, blocks.DIR_LEAFN + 1)
 HELD_BYTES = 8 << 20
 STAMPS = ("atime", "mtime", "ctime", "crtime")
-
-
-def _header_of(block: Block) -> np.dtype[Any] | None:
-    """The layout of a block's header, by its magic; None if it has no LSN."""
-    found = STAMPED.get(int.from_bytes(block[:4].tobytes(), "big"))
-    if found is None and int.from_bytes(block[8:10].tobytes(), "big") in DA_BLOCKS:
-        found = L.DA_HEADER
-    return found
 
 
 def _order(item: Item) -> int:
@@ -225,7 +201,7 @@ class Replay:
 
     def _is_newer(self, daddr: int, block: Block) -> bool:
         """Whether what is on the device was written after the checkpoint, or with it."""
-        layout = _header_of(block)
+        layout = blocks.header_of(block)
         if layout is None or daddr in self._fresh:
             return False
         header = block[: layout.itemsize].view(layout)[0]
@@ -236,7 +212,7 @@ class Replay:
         return ours and int(header["lsn"]) not in (0, L.NULL64) and int(header["lsn"]) >= self._lsn
 
     def _stamp(self, block: Block) -> None:
-        layout = _header_of(block)
+        layout = blocks.header_of(block)
         if layout is None:
             return  # inodes, or an attribute's value: logged with their CRC
         block[: layout.itemsize].view(layout)["lsn"] = self._lsn

@@ -26,7 +26,6 @@ from fs.xfs.btree import Root
 from fs.xfs.geometry import Geometry
 
 SB, AGF, AGI, AGFL = range(4)  # sector of each header in its AG
-LOG_TYPE_SB, LOG_TYPE_AGF, LOG_TYPE_AGFL, LOG_TYPE_AGI = 18, 5, 6, 7
 UNLINKED_BUCKETS = 64
 SET_ASIDE = 8  # blocks an AG that are promised to nobody, for refilling its AGFL
 
@@ -161,10 +160,10 @@ def _verify_agfl(geo: Geometry, buf: Buf, owner: int | None) -> str:
     return f"block {int(bad[0])} outside the AG" if bad.size else ""
 
 
-SB_OPS = BufOps("superblock", L.off(L.SB, "crc"), _verify_sb, LOG_TYPE_SB)
-AGF_OPS = BufOps("AGF", L.off(L.AGF, "crc"), _verify_agf, LOG_TYPE_AGF)
-AGI_OPS = BufOps("AGI", L.off(L.AGI, "crc"), _verify_agi, LOG_TYPE_AGI)
-AGFL_OPS = BufOps("AGFL", L.off(L.AGFL, "crc"), _verify_agfl, LOG_TYPE_AGFL)
+SB_OPS = BufOps("superblock", L.off(L.SB, "crc"), _verify_sb, L.off(L.SB, "lsn"))
+AGF_OPS = BufOps("AGF", L.off(L.AGF, "crc"), _verify_agf, L.off(L.AGF, "lsn"))
+AGI_OPS = BufOps("AGI", L.off(L.AGI, "crc"), _verify_agi, L.off(L.AGI, "lsn"))
+AGFL_OPS = BufOps("AGFL", L.off(L.AGFL, "crc"), _verify_agfl, L.off(L.AGFL, "lsn"))
 
 
 # -- reading --------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def _verify(geo: Geometry, buf: Buf, owner: int | None) -> str:
     return reason or danode.header_fault(geo, buf, owner)
 
 
-ATTR_OPS = BufOps("attribute block", danode.CRC, _verify, log_type=16)
+ATTR_OPS = BufOps("attribute block", danode.CRC, _verify, danode.LSN)
 
 
 async def map_block(tp: Transaction, ip: Inode, block: int) -> int:

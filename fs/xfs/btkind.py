@@ -28,7 +28,6 @@ from fs.xfs import btblock as bt
 from fs.xfs import layout as L
 from fs.xfs.geometry import Geometry
 
-LOG_TYPE_BTREE = 4
 LEVELS_MAX = 9  # XFS format: no tree of any kind may be higher
 
 Record = tuple[int, ...]
@@ -160,13 +159,13 @@ def _verify_body(kind_id: int, level: int, numrecs: int, buf: Buf, ag_blocks: in
 
 
 def _ops(kind_id: int, name: str, magic: int, *, long: bool = False) -> BufOps:
-    crc = L.off(L.LONG_BLOCK if long else L.SHORT_BLOCK, "crc")
+    header = L.LONG_BLOCK if long else L.SHORT_BLOCK
     check = _verify_long if long else _verify_short
 
     def verify(geo: Geometry, buf: Buf, owner: int | None) -> str:
         return check(kind_id, magic, geo, buf, owner)
 
-    return BufOps(name, crc, verify, LOG_TYPE_BTREE)
+    return BufOps(name, L.off(header, "crc"), verify, L.off(header, "lsn"))
 
 
 # -- the kinds ------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ LEVEL = L.off(L.DA_NODE_HEADER, "level")
 FORW = L.off(L.DA_HEADER, "forw")
 BACK = L.off(L.DA_HEADER, "back")
 MAGIC = L.off(L.DA_HEADER, "magic")
-CRC = L.off(L.DA_HEADER, "crc")
+CRC, LSN = L.off(L.DA_HEADER, "crc"), L.off(L.DA_HEADER, "lsn")
 
 REASONS = ("", "magic", "entry count", "level", "hash order", "child block")
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 SPACE_LOG = 35  # each space spans 32 GiB
 LEAF_SPACE, FREE_SPACE = 1 << SPACE_LOG, 2 << SPACE_LOG
-LOG_TYPE_DATA, LOG_TYPE_FREE, LOG_TYPE_LEAF = 11, 12, 13
 
 
 def _header_fault(geo: Geometry, buf: Buf, owner: int | None) -> str:
@@ -70,10 +69,10 @@ def _free_fault(geo: Geometry, buf: Buf, owner: int | None) -> str:
     return fault or _header_fault(geo, buf, owner)
 
 
-_CRC = L.off(L.DIR_DATA_HEADER, "crc")
-DATA_OPS = BufOps("directory data block", _CRC, _data_fault, LOG_TYPE_DATA)
-LEAF_OPS = BufOps("directory leaf", danode.CRC, _leaf_fault, LOG_TYPE_LEAF)
-FREE_OPS = BufOps("directory free index", _CRC, _free_fault, LOG_TYPE_FREE)
+_CRC, _LSN = L.off(L.DIR_DATA_HEADER, "crc"), L.off(L.DIR_DATA_HEADER, "lsn")
+DATA_OPS = BufOps("directory data block", _CRC, _data_fault, _LSN)
+LEAF_OPS = BufOps("directory leaf", danode.CRC, _leaf_fault, danode.LSN)
+FREE_OPS = BufOps("directory free index", _CRC, _free_fault, _LSN)
 
 
 def leaf_root(geo: Geometry) -> int:

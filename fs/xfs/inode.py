@@ -34,7 +34,6 @@ LITERAL = L.LITERAL
 NULL32 = L.NULL32
 FMT_DEV, FMT_LOCAL, FMT_EXTENTS, FMT_BTREE = L.FMT_DEV, L.FMT_LOCAL, L.FMT_EXTENTS, L.FMT_BTREE
 DATA, ATTR = 0, 1
-LOG_TYPE_INODE = 8
 
 # Extent counts an inode may have (XFS format), without and with the NREXT64 flag.
 DATA_EXTENTS_MAX, ATTR_EXTENTS_MAX = (1 << 31) - 1, (1 << 15) - 1
@@ -645,7 +644,7 @@ def _verify_cluster(geo: Geometry, buf: Buf, owner: int | None) -> str:
     return REASONS[verify_cluster_image(buf.mem, buf.addr, count, limits(geo))]
 
 
-INODE_OPS = BufOps("inode cluster", None, _verify_cluster, LOG_TYPE_INODE)
+INODE_OPS = BufOps("inode cluster", None, _verify_cluster)
 
 
 def init_chunk(geo: Geometry, mem: Any, addr: int, count: int, ino: int, gen: int) -> None:

@@ -49,7 +49,8 @@ def _verify(geo: Geometry, buf: Buf, owner: int | None) -> str:
     return ""
 
 
-SYMLINK_OPS = BufOps("symbolic link", L.off(L.SYMLINK_HEADER, "crc"), _verify, log_type=9)
+_CRC, _LSN = L.off(L.SYMLINK_HEADER, "crc"), L.off(L.SYMLINK_HEADER, "lsn")
+SYMLINK_OPS = BufOps("symbolic link", _CRC, _verify, _LSN)
 
 
 def blocks(geo: Geometry, length: int) -> int:
