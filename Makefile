@@ -27,8 +27,8 @@ test: install test-nojit
 # Not what needs threads (the twins of atomic operations are for one), and nothing that copies the
 # content of files: that is a loop over bytes, and takes minutes.
 NOJIT = tests/alloc $(patsubst %,tests/fs/test_%.py,ag attrleaf btblock btree crc danode dentry \
-	dir_pieces dirkernels extents freespace inode inobt lock radix refcount resident rmap shadow \
-	superblock unlinked)
+	dir_pieces dirkernels extents freespace inode inobt lock log_formats radix refcount resident rmap \
+	shadow superblock unlinked)
 test-nojit: install
 	NUMBA_DISABLE_JIT=1 $(PYTHON) -m pytest -n 2 --dist loadfile \
 		-m 'not slow and not mount and not compiled' $(NOJIT)

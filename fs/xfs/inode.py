@@ -178,7 +178,8 @@ def limits(geo: Geometry) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 @lru_cache(maxsize=16)
-def _uuid(geo: Geometry) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def uuid_bytes(geo: Geometry) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The uuid that metadata carries, for kernels."""
     return np.frombuffer(geo.uuid, np.uint8).copy()
 
 
@@ -433,7 +434,7 @@ def verify(geo: Geometry, mem: Any, addr: int, ino: int) -> str:
 
     A free inode (mode 0) is good if its identity is.
     """
-    return REASONS[verify_image(mem, addr, ino, _uuid(geo), limits(geo))]
+    return REASONS[verify_image(mem, addr, ino, uuid_bytes(geo), limits(geo))]
 
 
 # -- between cluster and memory ----------------------------------------------------------------
@@ -517,15 +518,16 @@ def _pack_counts(mem, addr, record, flags2):
         put16(mem, addr + ANEXTENTS, np.int64(record.anextents))
 
 
-def _pack_types() -> tuple[Any, ...]:
+def core_types() -> tuple[Any, ...]:
+    """Arguments of kernels that make a core of a record."""
     return (*_core_types(), np.zeros(16, np.uint8), np.zeros(1, np.int64))
 
 
-@kernel(_pack_types)
-def pack_core(mem, addr, table, i, uuid, limits):
-    """Store record i of the table into the inode image at mem[addr:] and stamp its CRC.
+@helper
+def put_core(mem, addr, table, i, uuid, limits):
+    """Store record i of the table into the core at mem[addr:].
 
-    Neither the literal area (but for rdev), nor next_unlinked, nor lsn are touched.
+    Neither next_unlinked, nor crc, nor lsn, nor what is always 0 are touched.
     """
     record = table[i]
     flags2 = np.uint64(record.flags2)
@@ -551,8 +553,6 @@ def pack_core(mem, addr, table, i, uuid, limits):
     mem[addr + FORKOFF] = np.uint8(record.forkoff)
     mem[addr + AFORMAT] = np.uint8(record.aformat)
     put32(mem, addr + GEN, np.int64(record.gen))
-    if record.format == FMT_DEV and record.mode != 0:
-        put32(mem, addr + LITERAL, np.int64(record.rdev))
     put64(mem, addr + CHANGECOUNT, np.uint64(record.changecount))
     _stamp_out(mem, addr + ATIME, np.uint64(record.atime), bigtime)
     _stamp_out(mem, addr + MTIME, np.uint64(record.mtime), bigtime)
@@ -561,6 +561,23 @@ def pack_core(mem, addr, table, i, uuid, limits):
     put64(mem, addr + INO, np.uint64(record.ino))
     for k in range(16):
         mem[addr + UUID + k] = uuid[k]
+
+
+@helper
+def is_device(record):
+    """Has an inode in core a device number for its data fork? A free one has none."""
+    return record.format == FMT_DEV and record.mode != 0
+
+
+@kernel(core_types)
+def pack_core(mem, addr, table, i, uuid, limits):
+    """Store record i of the table into the inode image at mem[addr:] and stamp its CRC.
+
+    Neither the literal area (but for rdev), nor next_unlinked, nor lsn are touched.
+    """
+    put_core(mem, addr, table, i, uuid, limits)
+    if is_device(table[i]):
+        put32(mem, addr + LITERAL, np.int64(table[i].rdev))
     crc_stamp(mem, addr, limits[X.INODE_SIZE], CRC)
 
 
@@ -577,7 +594,7 @@ def pack(geo: Geometry, table: Any, i: int, image: Any, at: int, mem: Any, addr:
     """
     end = geo.inode_size
     mem[addr + LITERAL : addr + end] = image[at + LITERAL : at + end]
-    pack_core(mem, addr, table, i, _uuid(geo), limits(geo))
+    pack_core(mem, addr, table, i, uuid_bytes(geo), limits(geo))
 
 
 # -- free inodes and clusters ------------------------------------------------------------------
@@ -649,4 +666,4 @@ INODE_OPS = BufOps("inode cluster", None, _verify_cluster)
 
 def init_chunk(geo: Geometry, mem: Any, addr: int, count: int, ino: int, gen: int) -> None:
     """Fill a new cluster with free inodes; `gen` is one random number for the chunk."""
-    init_free(mem, addr, count, ino, gen, _uuid(geo), limits(geo))
+    init_free(mem, addr, count, ino, gen, uuid_bytes(geo), limits(geo))
