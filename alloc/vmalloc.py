@@ -28,7 +28,7 @@ from alloc.watermarks import KB_PER_PAGE
 if TYPE_CHECKING:
     from alloc.arena import Arena
 
-AREA_PAGES = 16
+AREA_PAGES = 17  # 64 KiB, and a page for what stands before them in a log vector
 MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 MAX_MAP_COUNT_DEFAULT = 65530
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2

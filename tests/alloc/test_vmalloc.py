@@ -125,8 +125,8 @@ async def test_without_areas_a_block(arena: Arena) -> None:
     assert not arena.vmalloc.covers(pfn)
     assert int(arena.pages.order[pfn]) == 3
     arena.put_folio(pfn)
-    with pytest.raises(ValueError, match="17 pages in a row: an area has 16"):
-        await arena.vmalloc.alloc(17)
+    with pytest.raises(ValueError, match="18 pages in a row: an area has 17"):
+        await arena.vmalloc.alloc(18)
 
 
 async def test_the_validator_sees_a_page_in_two_places(arena: Arena) -> None:
