@@ -2,7 +2,7 @@
 
 XFS format, log: an intent says what is going to be done to some extents, its done item, which has
 the same number, that it was done. What has no done item by the end of the log must be finished by
-whoever replays it, in the order in which it was logged. Little-endian; reads only.
+whoever replays it, in the order in which it was logged. Little-endian.
 
 Units: filesystem blocks. Extents are checked to lie in one AG of the filesystem.
 """
@@ -10,6 +10,7 @@ Units: filesystem blocks. Extents are checked to lie in one AG of the filesystem
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fs.log import items
@@ -19,6 +20,7 @@ from fs.xfs.geometry import Geometry
 
 FREE, REVERSE, COUNT, MAP = items.EFI, items.RUI, items.CUI, items.BUI
 INTENT_OF = {items.EFD: FREE, items.RUD: REVERSE, items.CUD: COUNT, items.BUD: MAP}
+DONE_OF = {intent: done for done, intent in INTENT_OF.items()}
 HEAD = struct.Struct("<HHIQ")  # type, regions, extents, number
 EXTENT = struct.Struct("<QII")  # block, length, flags of a COUNT
 MAPPING = struct.Struct("<qQQII")  # owner, block, file block, length, flags
@@ -92,3 +94,22 @@ class Pending:
     def left(self) -> list[Work]:
         """What is still to be done."""
         return [work for extents in self._left.values() for work in extents]
+
+
+def begin(kind: int, number: int, work: Sequence[Work]) -> Item:
+    """The item that says what is going to be done."""
+    packed = HEAD.pack(kind, 1, len(work), number)
+    for one in work:
+        if kind in (FREE, COUNT):
+            packed += EXTENT.pack(one.fsbno, one.count, one.flags)
+        else:
+            packed += MAPPING.pack(one.owner, one.fsbno, one.offset, one.count, one.flags)
+    return [packed]
+
+
+def done(kind: int, number: int, work: Sequence[Work]) -> Item:
+    """The item that says that it was done; of a FREE it names the extents again."""
+    if kind == FREE:
+        packed = begin(kind, number, work)[0]
+        return [struct.pack("<H", items.EFD) + packed[2:]]
+    return [HEAD.pack(DONE_OF[kind], 1, 0, number)]

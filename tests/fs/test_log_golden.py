@@ -24,8 +24,9 @@ import pytest
 from alloc.jit import record_table
 from fs.cache.inode import INODE
 from fs.device.image import ImageFile
-from fs.log import blocks, formats, items
+from fs.log import blocks, formats, intents, items
 from fs.log.checkpoints import Checkpoint, Item
+from fs.log.intents import Pending
 from fs.log.items import BufItem, InodeItem
 from fs.log.region import Region
 from fs.log.replay import Replay
@@ -38,6 +39,7 @@ from tests.fs.logwriter import LogWriter
 from tests.fs.test_inobt import opened, records
 from tests.fs.test_inode_images import used_inodes
 from tests.fs.test_log_reader import read_log
+from tests.fs.test_recovery import leave_dirty
 
 GEOMETRIES = {
     "default": (),
@@ -355,6 +357,36 @@ async def settled(scratch: Path, args: tuple[str, ...]) -> tuple[Path, Geometry,
         pass
     support.assert_clean(image)
     return image, geo, logged
+
+
+@support.needs_root
+async def test_the_kernels_intents(scratch: Path) -> None:
+    """What was begun and what was done, in logs of chains until there was one of each kind."""
+    seen: set[int] = set()
+    for seed in range(20):
+        args = ("-m", "rmapbt=1") if seed % 2 else ()
+        seen |= await same_intents(leave_dirty(scratch, args, seed, 0.7, chains=True))
+        if seen == set(intents.ACTIONS) | set(intents.INTENT_OF):
+            return
+    raise AssertionError(f"intents of types {seen} only")
+
+
+async def same_intents(image: Path) -> set[int]:
+    """Compares a log's intents and done items with ours; the types there were."""
+    region, _, found = await read_log(image)
+    seen, begun = set(), {}
+    for item in (item for checkpoint in found for item in checkpoint.items()):
+        kind, number = struct.unpack_from("<H6xQ", item[0])
+        pending, intent = Pending(region.geo), intents.INTENT_OF.get(kind, kind)
+        if kind in intents.ACTIONS:
+            pending.take(kind, item)
+            work = begun[kind, number] = pending.left()
+            assert intents.begin(kind, number, work) == item
+            seen.add(kind)
+        elif (intent, number) in begun:
+            assert intents.done(intent, number, begun.pop((intent, number))) == item
+            seen.add(kind)
+    return seen
 
 
 @geometries
