@@ -30,7 +30,7 @@ SYMLINK_EXTENTS = 3
 CANCELS = 1024  # freed blocks of one directory extent
 ATTRIBUTE_BLOCKS = 14  # new tree blocks of one attribute (fs/xfs/attr.py: TREE_BLOCKS)
 SPARSE_PIECES = 8  # runs of blocks of one sparse chunk
-EXTENTS, SHIFTS, CONVERSIONS, COPIES = 64, 32, 32, 32  # steps of one transaction, at most
+STEPS = 4  # worst ones that a loop's ticket has room for: hundreds of those that happen
 
 
 class Need(NamedTuple):
@@ -234,12 +234,11 @@ class Worst(Costs):
 
 
 class Plan(NamedTuple):
-    """What bounds a transaction: XFS's kind, our worst case, and at most `times` steps."""
+    """What bounds a transaction: XFS's kind, our worst case, and what a step of its loop adds."""
 
     kind: str
     base: Callable[[Worst], int]
     step: Callable[[Worst], int] = Worst.nothing
-    times: int = 0
 
 
 # Each name that is given to `Volume.transaction`, and those of changes that wait for nothing.
@@ -247,26 +246,26 @@ PLANS: dict[str, Plan] = {
     "acl_chmod": Plan("ichange", Worst.core),
     "allocate": Plan("write", Worst.allocate),
     "attr_flip": Plan("attrsetm", Worst.flip),
-    "attr_inactive": Plan("attrinval", Worst.tall_attr, Worst.unmap_attr, EXTENTS),
-    "attr_rm": Plan("attrrm", Worst.remove_attribute, Worst.unmap_attr, EXTENTS),
+    "attr_inactive": Plan("attrinval", Worst.tall_attr, Worst.unmap_attr),
+    "attr_rm": Plan("attrrm", Worst.remove_attribute, Worst.unmap_attr),
     "attr_set": Plan("attrsetm", Worst.set_attribute),
-    "collapse": Plan("itruncate", Worst.tall_data, Worst.shift, SHIFTS),
+    "collapse": Plan("itruncate", Worst.tall_data, Worst.shift),
     "copy on write": Plan("write", Worst.change),
-    "copy on write, cancelled": Plan("itruncate", Worst.nothing, Worst.change, COPIES),
+    "copy on write, cancelled": Plan("itruncate", Worst.nothing, Worst.change),
     "cow leftovers": Plan("write", Worst.leftover),
     "create": Plan("symlink", Worst.make),
     "create now": Plan("ichange", Worst.make_now),
     "dir_inactive": Plan("itruncate", Worst.forget_directory),
-    "free eofblocks": Plan("itruncate", Worst.tall_data, Worst.unmap, EXTENTS),
+    "free eofblocks": Plan("itruncate", Worst.tall_data, Worst.unmap),
     "inactive": Plan("ifree", Worst.inactive),
     "inactive now": Plan("ichange", Worst.free_now),
-    "insert": Plan("itruncate", Worst.tall_data, Worst.shift, SHIFTS),
+    "insert": Plan("itruncate", Worst.tall_data, Worst.shift),
     "intent": Plan("itruncate", Worst.intent),
     "ioctl_setattr": Plan("ichange", Worst.core),
-    "ioend": Plan("write", Worst.tall_data, Worst.convert, CONVERSIONS),
+    "ioend": Plan("write", Worst.tall_data, Worst.convert),
     "link": Plan("link", Worst.make_link),
-    "punch": Plan("itruncate", Worst.tall_data, Worst.unmap, EXTENTS),
-    "reflink": Plan("itruncate", Worst.reflink, Worst.unmap, EXTENTS),
+    "punch": Plan("itruncate", Worst.tall_data, Worst.unmap),
+    "reflink": Plan("itruncate", Worst.reflink, Worst.unmap),
     "remove": Plan("remove", Worst.take_away),
     "remove now": Plan("ichange", Worst.take_away_now),
     "remove privileges": Plan("ichange", Worst.core),
@@ -277,7 +276,7 @@ PLANS: dict[str, Plan] = {
     "symlink_inactive": Plan("itruncate", Worst.forget_target),
     "time stamps": Plan("ichange", Worst.core),
     "tmpfile": Plan("tmpfile", lambda costs: costs.new_inode() + costs.unlink_add),
-    "truncate": Plan("itruncate", Worst.tall_data, Worst.unmap, EXTENTS),
+    "truncate": Plan("itruncate", Worst.tall_data, Worst.unmap),
     "truncate up": Plan("ichange", Worst.core),
     "update_time": Plan("ichange", Worst.core),
     "writeback allocation": Plan("write", Worst.allocate),
@@ -301,7 +300,7 @@ class Budget:
 
 
 def _need(plan: Plan, costs: Worst, least: int, share: int) -> Need:
-    """The worst case within the log's share; a loop has as many steps as go into that."""
+    """The worst case, as far as the log's share goes; never less than XFS's own."""
     base, step = plan.base(costs), plan.step(costs)
     most = max(least, share)
-    return Need(max(least, min(base + plan.times * step, most)), min(step, most))
+    return Need(max(least, min(base + STEPS * step, most)), min(step, most))

@@ -72,9 +72,9 @@ def check(geo: Geometry) -> None:
             assert reservation.unit_bytes(geo, payload) <= log // budget.LOG_SHARE
         assert reservation.unit_bytes(geo, payload) <= log // 3, "as for the smallest log"
         assert 0 <= step <= payload
-        assert bool(step) == bool(plan.times)
+        assert bool(step) == (plan.step is not Worst.nothing)
         roomy = Budget(geo_with_log(geo, 1 << 40)).need(name)
-        assert roomy.payload >= base + plan.step(costs) * min(plan.times, 1)
+        assert roomy.payload >= base + plan.step(costs)
 
 
 def geo_with_log(geo: Geometry, log_bytes: int) -> Geometry:

@@ -373,6 +373,21 @@ async def test_the_tail_is_pushed_below_a_quarter() -> None:
         move_tail(heads, lacking)
 
 
+async def test_a_tail_that_moved_too_little_is_pushed_again() -> None:
+    pushed: list[int] = []
+    heads = make(push=pushed.append)
+    await write(heads, RING // 2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heads.reserve, "large", RING * 3 // 4)
+        await settled()
+        target = pushed[-1]
+        pushed.clear()
+        move_tail(heads, RING // 8)
+        assert len(heads.waiters()) == 1
+        assert pushed == [target], "it is still the same that is lacking"
+        move_tail(heads, RING // 4)
+
+
 async def test_what_only_a_checkpoint_has_is_pushed_too() -> None:
     """Nothing is written yet, so nothing can go home: the target is the head."""
     pushed: list[int] = []
