@@ -22,6 +22,7 @@ from fs.xfs import layout as L
 
 OPERATION = struct.Struct(">IIBBH")  # tid, bytes, client, flags
 START, COMMIT, CONTINUE, WAS_CONT, END = (1 << n for n in range(5))
+TRANSACTION_CLIENT, LOG_CLIENT = 0x69, 0xAA
 TRANSACTION = struct.Struct("<4sIII")  # magic, type, tid, regions
 MAGIC = b"NART"
 ITEM = struct.Struct("<HH")  # type, regions
@@ -70,8 +71,9 @@ async def records(region: Region, tail: int, end: int) -> AsyncIterator[tuple[He
         flat = blocks.reshape(-1)
         record.unstamp(flat, header.headers, header.length // L.BB_SIZE)
         yield header, flat[header.headers * L.BB_SIZE :].tobytes()
-        cycle += bb + header.bbs >= region.bbs
-        bb = (bb + header.bbs) % region.bbs
+        bb += header.bbs
+        if bb >= region.bbs:
+            bb, cycle = bb - region.bbs, record.next_cycle(cycle)
 
 
 async def committed(region: Region, tail: int, end: int) -> AsyncIterator[Checkpoint]:

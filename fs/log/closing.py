@@ -15,65 +15,64 @@ import struct
 import numpy as np
 
 from fs.log import record
-from fs.log.checkpoints import OPERATION
-from fs.log.head import LITTLE_ENDIAN_LINUX, TORN_BBS, VERSION, Ends
+from fs.log.checkpoints import LOG_CLIENT, OPERATION
+from fs.log.head import TORN_BBS, Ends, cycles
+from fs.log.iclog import Shape
 from fs.log.region import Blocks, Region, lsn_of, place_of
 from fs.xfs import layout as L
 
-ICLOG_BYTES = 32768  # as mkfs and the kernel take it if nobody says otherwise; a stripe at least
-LOG_CLIENT = 0xAA
 UNMOUNT_BODY = struct.pack("<HHI", 0x556E, 0, 0)
 
 
 def _headers(region: Region, cycle: int, bb: int, count: int, tail: int) -> Blocks:
     """Headers of empty records at BBs from `bb` on."""
-    blocks = np.zeros((count, L.BB_SIZE), np.uint8)
+    blocks = np.tile(record.template(0, region.uuid), (count, 1))
     found = blocks[:, : L.LOG_RECORD_HEADER.itemsize].copy().view(L.LOG_RECORD_HEADER)[:, 0]
-    found["magic"], found["version"] = L.MAGIC_LOG_RECORD, VERSION
-    found["fmt"] = LITTLE_ENDIAN_LINUX
     found["cycle"] = cycle
     found["lsn"] = lsn_of(cycle, bb) + np.arange(count, dtype=np.uint64)
     found["tail_lsn"] = tail
-    found["uuid"] = np.void(region.uuid)
     blocks[:, : L.LOG_RECORD_HEADER.itemsize] = found.view(np.uint8).reshape(count, -1)
     return blocks
 
 
-async def _clear_ahead(region: Region, ends: Ends) -> None:
-    """Empty records from the head on, as far as writes may have been under way."""
-    tail_cycle, tail = place_of(ends.tail)
-    room = tail - ends.head + (region.bbs if tail_cycle == ends.cycle else 0)
-    count = min(TORN_BBS, room)
+async def clear_ahead(region: Region, ends: Ends) -> None:
+    """Empty records from the head on, as far as writes may have been under way.
+
+    Nothing is written if there is nothing of the cycle that is to come. Raises OSError.
+    """
+    count = min(TORN_BBS, region.room(lsn_of(ends.cycle, ends.head), ends.tail))
     first = min(count, region.bbs - ends.head)
+    due = np.full(count, ends.cycle)
+    due[first:] = record.next_cycle(ends.cycle)
+    if not np.any(cycles(await region.read(ends.head, count)) == due):
+        return
+    before = record.last_cycle(ends.cycle)
     if first > 0:
-        blocks = _headers(region, ends.cycle - 1, ends.head, first, ends.tail)
-        await region.write(ends.head, blocks)
+        await region.write(ends.head, _headers(region, before, ends.head, first, ends.tail))
     if count > first:
         await region.write(0, _headers(region, ends.cycle, 0, count - first, ends.tail))
 
 
-def _unmount_record(region: Region, ends: Ends) -> Blocks:
-    lsn = lsn_of(ends.cycle, ends.head)
-    unit = max(region.geo.log_sunit, region.geo.log_sector_size, 2 * L.BB_SIZE)
-    size = max(ICLOG_BYTES, region.geo.log_sunit)
-    bbs, headers = unit >> L.BB_LOG, record.header_bbs(size)
-    length = (bbs - headers) << L.BB_LOG
-    blocks = np.zeros((bbs, L.BB_SIZE), np.uint8)
-    blocks[:1] = _headers(region, ends.cycle, ends.head, 1, lsn)
-    header = blocks[0][: L.LOG_RECORD_HEADER.itemsize].view(L.LOG_RECORD_HEADER)
-    header["len"], header["num_logops"] = length, 1
-    header["size"], header["prev_block"] = size, L.NULL32
+def unmount_record(region: Region, shape: Shape, lsn: int, previous: int) -> Blocks:
+    """The record that says that everything is at home, for a place in the log."""
     body = OPERATION.pack(1, len(UNMOUNT_BODY), LOG_CLIENT, L.LOG_OP_UNMOUNT, 0) + UNMOUNT_BODY
-    blocks[headers][: len(body)] = np.frombuffer(body, np.uint8)
+    first = shape.headers << L.BB_LOG
+    blocks = np.zeros((shape.bbs(first + len(body)), L.BB_SIZE), np.uint8)
     flat = blocks.reshape(-1)
-    record.stamp(flat, headers, bbs - headers, ends.cycle, region.bbs - ends.head)
-    header["crc"] = record.crc(flat, headers, length)
+    flat[first : first + len(body)] = np.frombuffer(body, np.uint8)
+    wrap = region.bbs - place_of(lsn)[1]
+    record.seal(
+        *(flat, record.template(shape.size, region.uuid), shape.headers),
+        *(first + len(body), len(blocks), np.uint64(lsn), np.uint64(lsn), previous, 1, wrap),
+    )
     return blocks
 
 
 async def close(region: Region, ends: Ends) -> None:
     """Make a log clean that was replayed. Raises OSError."""
-    await _clear_ahead(region, ends)
+    await clear_ahead(region, ends)
     await region.flush()
-    await region.write(ends.head, _unmount_record(region, ends))
+    lsn = lsn_of(ends.cycle, ends.head)
+    blocks = unmount_record(region, Shape.of(region.geo), lsn, ends.last)
+    await region.write(ends.head, blocks)
     await region.flush()

@@ -23,7 +23,6 @@ from fs.xfs import layout as L
 RECORDS_UNDER_WAY = 8  # iclogs that may have been written at once
 TORN_BBS = RECORDS_UNDER_WAY * (256 << 10) // L.BB_SIZE
 FLAGS_IN_OP = 9  # byte of the flags in an operation header
-VERSION, LITTLE_ENDIAN_LINUX = 2, 1  # of records, and of who writes items in them
 
 
 class BadLog(Exception):
@@ -37,6 +36,7 @@ class Ends(NamedTuple):
     cycle: int  # of what is written there
     tail: int  # LSN
     clean: bool
+    last: int  # BB of the record before the head
 
 
 class Header(NamedTuple):
@@ -75,13 +75,17 @@ def parse(block: NDArray[np.uint8], bb: int, uuid: bytes) -> Header:
         raise BadLog(f"no record begins at block {bb} of the log")
     if raw["uuid"].tobytes() != uuid:
         raise BadLog(f"the record at block {bb} of the log is another filesystem's")
-    if raw["version"] != VERSION or raw["fmt"] != LITTLE_ENDIAN_LINUX:
+    if raw["version"] != record.VERSION or raw["fmt"] != record.LITTLE_ENDIAN_LINUX:
         raise BadLog(f"the record at block {bb} of the log is of another version or machine")
     if length > max(size, record.HEADER_DATA) or length % L.BB_SIZE:
         raise BadLog(f"the record at block {bb} of the log has {length} bytes of {size}")
     headers = record.header_bbs(size)
     tail_lsn, ops = int(raw["tail_lsn"]), int(raw["num_logops"])
     return Header(bb, int(raw["cycle"]), length, headers, tail_lsn, ops)
+
+
+def _cycle_behind(cycle: int, wraps: bool) -> int:
+    return int(record.next_cycle(cycle)) if wraps else cycle
 
 
 class _Search:
@@ -110,7 +114,7 @@ class _Search:
         stamps = cycles(await self._region.read(head - back, back))
         due = np.full(back, cycle, np.uint32)
         if head < back:  # the ring's end is of the cycle before
-            due[: back - head] = cycle - 1
+            due[: back - head] = record.last_cycle(cycle)
         holes = np.flatnonzero(stamps != due)
         return head if not holes.size else (head - back + int(holes[0])) % self._bbs
 
@@ -128,7 +132,7 @@ class _Search:
     def ends_at(self, header: Header) -> tuple[int, int]:
         """(BB behind a record, cycle of what is written there)."""
         end = header.bb + header.bbs
-        return end % self._bbs, header.cycle + (end >= self._bbs)
+        return end % self._bbs, _cycle_behind(header.cycle, end >= self._bbs)
 
     async def last_complete(self, head: int) -> Header:
         """The last record before a place that is there as a whole. Raises BadLog."""
@@ -177,7 +181,7 @@ class _Search:
         lost = False
         while lost or 0 < (bb - head) % self._bbs <= TORN_BBS:
             header = await self.first_header(bb, head)
-            cycle += header.bb < bb
+            cycle = _cycle_behind(cycle, header.bb < bb)
             lost = lost or header.bb != bb
             if header.cycle == cycle and header.length and await self.is_whole(header):
                 tail = header.lsn if lost else tail
@@ -211,12 +215,13 @@ async def find(region: Region) -> Ends:
     last = await search.last_complete(await search.before_holes(other, cycle))
     if await search.is_unmount(last):
         head, cycle = search.ends_at(last)
-        return Ends(head, cycle, lsn_of(cycle, head), True)
+        return Ends(head, cycle, lsn_of(cycle, head), True, last.bb)
     last = await search.before_torn(last)
     head, cycle = search.ends_at(last)
     tail_cycle, tail = place_of(last.tail_lsn)
     same = tail_cycle == last.cycle and tail <= last.bb
-    before = tail_cycle == last.cycle - 1 and tail > last.bb and tail < region.bbs
+    before = tail_cycle == record.last_cycle(last.cycle) and tail > last.bb and tail < region.bbs
     if not same and not before:
         raise BadLog(f"the tail {last.tail_lsn:#x} that the record at block {last.bb} names")
-    return Ends(head, cycle, await search.past_overwritten(last.tail_lsn, head), False)
+    tail = await search.past_overwritten(last.tail_lsn, head)
+    return Ends(head, cycle, tail, False, last.bb)

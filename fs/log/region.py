@@ -36,6 +36,11 @@ class Region:
         self.bbs = geo.log_blocks * geo.block_bbs
         self.uuid = geo.log_uuid
 
+    def room(self, head: int, tail: int) -> int:
+        """BBs from the head on that are not log any longer, which begins at the tail; LSNs."""
+        (cycle, bb), (tail_cycle, tail_bb) = place_of(head), place_of(tail)
+        return tail_bb - bb + (self.bbs if tail_cycle == cycle else 0)
+
     def _parts(self, bb: int, count: int) -> list[tuple[int, int, int]]:
         """(offset on the device, first, last) of blocks [first, last) of `count` from a BB on."""
         bb %= self.bbs

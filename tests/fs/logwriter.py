@@ -2,6 +2,8 @@
 
 Each record holds whole checkpoints; items are given as their regions. What is written is what the
 format asks for, so xfs_logprint and the kernel can read it as well. Nobody may have the image open.
+Where a checkpoint may begin and how many share a record is this writer's own; the bytes of
+operations and headers are those of fs/log.
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from fs.device.image import ImageFile
-from fs.log import checkpoints as C
-from fs.log import head, items, record
+from fs.log import head, iclog, items, record
+from fs.log.iclog import Shape
 from fs.log.region import Region, lsn_of, place_of
 from fs.xfs import layout as L
 from fs.xfs import superblock
 from fs.xfs.geometry import Geometry
 
 Items = Sequence[Sequence[bytes]]
-TRANSACTION = 0x69
 ICLOG = 262144
+
+
+def vector(item: Sequence[bytes]) -> bytes:
+    """An item as it lies in memory before it is logged."""
+    return b"".join(struct.pack("<I", len(region)) + region for region in item)
 
 
 def buffer(daddr: int, bbs: int, flags: int, chunks: dict[int, bytes] | None = None) -> list[bytes]:
@@ -67,8 +73,9 @@ class LogWriter:
         raw = bytearray(32768)
         await self.device.read(0, [memoryview(raw)])
         self.geo = superblock.geometry(superblock.read(raw, self.device.size))
-        self._region = Region(self.device, self.geo)
-        ends = await head.find(self._region)
+        self.region = Region(self.device, self.geo)
+        self.ends = ends = await head.find(self.region)
+        self._shape = Shape.of(self.geo, ICLOG)
         self._cycle, self._bb = ends.cycle, ends.head
         self._tail = lsn_of(self._cycle, self._bb)
         return self
@@ -82,36 +89,23 @@ class LogWriter:
 
     async def write(self, *checkpoints: Items) -> int:
         """One record with whole checkpoints; returns its LSN."""
-        data, ops = b"", 0
+        shape, lsn = self._shape, lsn_of(self._cycle, self._bb)
+        rec, at, ops = np.zeros(shape.size, np.uint8), shape.headers << L.BB_LOG, 0
         for tid, checkpoint in enumerate(checkpoints, 0x1000 + self._bb):
-            regions = [region for item in checkpoint for region in item]
-            header = C.TRANSACTION.pack(C.MAGIC, 40, tid, len(regions))
-            parts = [(0, region) for region in (header, *regions)]
-            parts = [(C.START, b""), *parts, (C.COMMIT, b"")]
-            for flags, payload in parts:
-                data += C.OPERATION.pack(tid, len(payload), TRANSACTION, flags, 0) + payload
-            ops += len(parts)
-        unit = max(self.geo.log_sector_size, self.geo.log_sunit) >> L.BB_LOG
-        headers = record.header_bbs(ICLOG)
-        bbs = -(-(-(-len(data) // L.BB_SIZE) + headers) // unit) * unit - headers
-        lsn = lsn_of(self._cycle, self._bb)
-        await self._write(headers, bbs, data, ops, lsn)
-        self._bb += headers + bbs
-        if self._bb >= self._region.bbs:
-            self._bb, self._cycle = self._bb - self._region.bbs, self._cycle + 1
+            raw = b"".join(map(vector, checkpoint))
+            regions = sum(map(len, checkpoint))
+            cursor = iclog.cursor(tid, regions)
+            vectors = np.array([[0, len(raw), regions]])
+            mem = np.frombuffer(bytearray(raw), np.uint8)
+            at = iclog.fill(mem, vectors, cursor, rec, at, shape.size)
+            assert cursor[iclog.C_STAGE] == iclog.DONE, "more than a record"
+            ops += int(cursor[iclog.C_OPS])
+        bbs, wrap = shape.bbs(at), self.region.bbs - self._bb
+        template = record.template(shape.size, self.geo.log_uuid)
+        lsns = np.uint64(lsn), np.uint64(self._tail)
+        record.seal(rec, template, shape.headers, at, bbs, *lsns, L.NULL32, ops, wrap)
+        await self.region.write(self._bb, rec[: bbs << L.BB_LOG].reshape(-1, L.BB_SIZE))
+        self._bb += bbs
+        if self._bb >= self.region.bbs:
+            self._bb, self._cycle = self._bb - self.region.bbs, self._cycle + 1
         return lsn
-
-    async def _write(self, headers: int, bbs: int, data: bytes, ops: int, lsn: int) -> None:
-        blocks = np.zeros((headers + bbs, L.BB_SIZE), np.uint8)
-        flat = blocks.reshape(-1)
-        flat[headers * L.BB_SIZE :][: len(data)] = np.frombuffer(data, np.uint8)
-        header = flat[: L.LOG_RECORD_HEADER.itemsize].view(L.LOG_RECORD_HEADER)
-        for name, value in (
-            *(("magic", L.MAGIC_LOG_RECORD), ("cycle", self._cycle), ("version", 2), ("fmt", 1)),
-            *(("len", bbs << L.BB_LOG), ("size", ICLOG), ("num_logops", ops), ("lsn", lsn)),
-            *(("tail_lsn", self._tail), ("uuid", np.void(self.geo.log_uuid))),
-        ):
-            header[name] = value
-        record.stamp(flat, headers, bbs, self._cycle, self._region.bbs - self._bb)
-        header["crc"] = record.crc(flat, headers, bbs << L.BB_LOG)
-        await self._region.write(self._bb, blocks)
