@@ -58,6 +58,11 @@ class Stream:
         await closing.clear_ahead(self._region, self._ends)
         await self._region.flush()
 
+    def stop(self) -> None:
+        """Give the memory back; nothing may be on its way."""
+        for _ in range(ICLOGS):
+            self._arena.put_folio(self._take.receive_nowait() >> PAGE_SHIFT)
+
     # -- room -----------------------------------------------------------------------------------
 
     @property

@@ -64,8 +64,8 @@ def create(agno: int, agbno: int, count: int, size: int, blocks: int, gen: int) 
 class LogWriter:
     """Records behind the head of one image's log."""
 
-    def __init__(self, image: Path) -> None:
-        self.device = ImageFile(str(image))
+    def __init__(self, image: Path, device: type[ImageFile] = ImageFile) -> None:
+        self.device = device(str(image))
         self.geo: Geometry
         self._tail = 0
 

@@ -10,6 +10,7 @@ import random
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +23,14 @@ from alloc import gfp
 from alloc.arena import Arena
 from fs.device.base import Views
 from fs.device.image import Memory
-from fs.log import checkpoints, head
+from fs.log import checkpoints, closing, head
 from fs.log.head import TORN_BBS, Ends
 from fs.log.iclog import Shape
 from fs.log.region import Region, lsn_of, place_of
 from fs.log.stream import ICLOGS, LogOverrun, Stream
 from tests.fs.logwriter import vector
 from tests.fs.test_log_record import naive_stamp
+from tests.fs.volatile import Volatile
 
 UUID = bytes(range(16))
 KIB, BB, BLOCK = 1024, 512, 4096
@@ -40,6 +42,15 @@ SHAPES = {  # logbsize, stripe, sector
     "large stripe": (32 * KIB, 256 * KIB, 512),
     "odd stripe": (128 * KIB, 96 * KIB, 512),
     "sectors": (32 * KIB, 4 * KIB, 4096),
+}
+UNITS = {  # bytes of an iclog, BBs of a header, bytes of which records are multiples
+    "plain": (32 * KIB, 1, 512),
+    "large": (256 * KIB, 8, 512),
+    "stripe": (32 * KIB, 1, 32 * KIB),
+    "small stripe": (64 * KIB, 2, 4 * KIB),
+    "large stripe": (256 * KIB, 8, 256 * KIB),
+    "odd stripe": (96 * KIB, 3, 96 * KIB),
+    "sectors": (32 * KIB, 1, 4 * KIB),
 }
 shapes = pytest.mark.parametrize("numbers", SHAPES.values(), ids=SHAPES.keys())
 
@@ -331,6 +342,13 @@ async def test_vectors_that_are_not_what_they_say(broken: str) -> None:
         assert not any(contents(device))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name: str) -> None:
+    """An iclog holds whole stripes, one at least."""
+    logbsize, stripe, sector = SHAPES[name]
+    assert Shape.of(geometry(1, stripe, sector), logbsize) == UNITS[name]
+
+
 def test_sizes_that_no_iclog_has() -> None:
     for size in (16 * KIB, 48 * KIB, 512 * KIB):
         with pytest.raises(ValueError, match=f"iclogs of {size} bytes"):
@@ -474,3 +492,85 @@ async def test_what_was_torn_is_cleared_away(stale: bool) -> None:
     stamps = head.cycles(await region.read(0, bbs))
     assert set(stamps[bbs - 50 :]) == {6}
     assert set(stamps[: bbs - 50]) == {7}
+
+
+# -- power failures -------------------------------------------------------------------------------
+
+Written = tuple[int, list[bytes]]  # LSN, regions
+
+
+class Power:
+    """A log that is written, loses power in the middle of a checkpoint, is read and goes on."""
+
+    def __init__(self, device: Volatile, region: Region, arena: Arena, seed: int) -> None:
+        self.device, self.region, self.arena = device, region, arena
+        self.rng = random.Random(seed)
+        self.log: list[Written] = []  # what recovery must find, from the tail on
+        self.cut_off = self.survived = 0
+
+    async def round(self, ends: Ends, logbsize: int, vectors: Vectors) -> Ends:
+        rng, region = self.rng, self.region
+        stream = Stream(region, self.arena, ends, logbsize)
+        await stream.start()
+        tail = ends.tail
+        for _ in range(rng.randrange(3)):
+            tail = self._tail(stream, tail)
+            await self._write(stream, vectors, random_items(rng, rng.choice((1, 30)), 10000), tail)
+            await region.flush()
+        tail = self._tail(stream, tail)
+        self.device.left = rng.choice((-1, rng.randrange(1, 80 * 32 * KIB // logbsize)))
+        written = list(self.log)
+        try:
+            await self._write(stream, vectors, random_items(rng, rng.choice((1, 450)), 40000), tail)
+        except OSError:
+            assert stream.dead is not None
+            self.cut_off += 1
+        self.device.lose(rng)
+        ends = await head.find(region)
+        log = checkpoints.committed(region, ends.tail, ends.head)
+        read = [] if ends.clean else [(c.lsn, c.regions[1:]) async for c in log]
+        self._judge(read, written, tail)
+        stream.stop()
+        return ends
+
+    def _tail(self, stream: Stream, tail: int) -> int:
+        """Some of what was logged came home: all of it, or so much that there is room."""
+        later = [lsn for lsn, _ in self.log if lsn >= tail]
+        while later and stream.bbs_free(later[0]) < self.region.bbs * 3 // 4:
+            later.pop(0)
+        return self.rng.choice(later[:2]) if later else stream.head
+
+    async def _write(self, stream: Stream, vectors: Vectors, items: Any, tail: int) -> None:
+        lsn = await stream.write(vectors.put(items), tail)
+        self.log.append((lsn, [region for item in items for region in item]))
+
+    def _judge(self, read: list[Written], written: list[Written], tail: int) -> None:
+        """All that was stable and not at home; with the last one, if that came through."""
+        self.survived += len(self.log) > len(written) and read[-1:] == self.log[-1:]
+        if read[-1:] != self.log[-1:]:
+            self.log = written
+        needed = [lsn for lsn, _ in self.log if lsn >= tail]
+        assert [lsn for lsn, _ in read][len(read) - len(needed) :] == needed
+        assert read == self.log[len(self.log) - len(read) :]
+
+
+@pytest.mark.parametrize("name", ["plain", "large", "stripe"])
+async def test_power_failures(name: str, scratch: Path, seed: int = 1) -> None:
+    """Whatever of the unflushed sectors is there: everything stable is read, nothing half-done."""
+    logbsize, stripe, sector = SHAPES[name]
+    rounds = 60
+    (scratch / "log").write_bytes(bytes(2000 * BLOCK))
+    device = Volatile(str(scratch / "log"))
+    arena = Arena(64 << 20)
+    vectors = Vectors(arena, random.Random(seed))
+    await vectors.start()
+    power = Power(device, Region(device, geometry(2000, stripe, sector)), arena, seed)
+    await closing.close(power.region, ends_at(1, 0))  # as mkfs does
+    ends = await head.find(power.region)
+    for _ in range(rounds):
+        ends = await power.round(ends, logbsize, vectors)
+    assert ends.cycle > 2
+    assert power.cut_off > rounds // 8
+    assert power.survived > rounds // 8
+    device.close()
+    arena.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ import pytest
 
 from alloc.arena import Arena
 from fs.device.image import ImageFile
-from fs.log import head, items
-from fs.log.region import Region, place_of
+from fs.log import checkpoints, head, items
+from fs.log.head import Ends
+from fs.log.region import Region, lsn_of, place_of
 from fs.log.stream import Stream
 from fs.volume import Volume
 from fs.xfs import inobt
@@ -31,6 +32,7 @@ from tests.fs import logwriter
 from tests.fs.logwriter import LogWriter
 from tests.fs.test_log_reader import printed
 from tests.fs.test_log_stream import Vectors
+from tests.fs.volatile import Volatile
 
 KIB = 1024
 FILES = 100
@@ -76,6 +78,13 @@ class Written:
             self._cores[ino] = core.astype(L.DINODE.newbyteorder("<"))
             self.times[ino] = int(core["mtime"][0]) - BIGTIME_EPOCH_NS
 
+    async def go_on(self, ends: Ends) -> None:
+        """Behind other ends than those to which it came."""
+        arena, logbsize = self._vectors.arena, self.stream.shape.size
+        self.stream.stop()
+        self.stream = Stream(self.log.region, arena, ends, logbsize)
+        await self.stream.start()
+
     def _time(self, ino: int, times: dict[int, int]) -> list[bytes]:
         times[ino] = self._rng.randrange(1 << 60)
         core = self._cores[ino].copy()
@@ -110,16 +119,21 @@ class Written:
     async def go_round(self, rounds: int, keep: int) -> int:
         """Checkpoints of all sizes until the ring went round; the last tail. `keep` stay in it."""
         inos, n = list(self._cores), 0
-        cycle, bbs = place_of(self.stream.head)[0] + rounds, self.log.region.bbs
+        cycle = place_of(self.stream.head)[0] + rounds
         tail = self.stream.head
         # a few more behind the end, so that the tail is in the cycle before
         while place_of(self.stream.head) < (cycle, 200):
             fillers = self._rng.choice((0, 2, 30, 400 * 16384 // self._cluster_bytes))
             tail = self.logged[-keep][0] if len(self.logged) > keep else tail
-            while self.stream.bbs_free(tail) < bbs // 3:
-                tail = next(lsn for lsn, *_ in self.logged if lsn > tail)
+            tail = self.make_room(tail)
             await self.checkpoint(inos[n % len(inos)], tail, fillers)
             n += 1
+        return tail
+
+    def make_room(self, tail: int) -> int:
+        """The tail, or one behind it, so that a third of the ring is free."""
+        while self.stream.bbs_free(tail) < self.log.region.bbs // 3:
+            tail = next(lsn for lsn, *_ in self.logged if lsn > tail)
         return tail
 
     @property
@@ -136,14 +150,18 @@ class Written:
 
 @asynccontextmanager
 async def written(
-    scratch: Path, args: tuple[str, ...], logbsize: int, seed: int = 1
+    scratch: Path,
+    args: tuple[str, ...],
+    logbsize: int,
+    seed: int = 1,
+    device: type[ImageFile] = ImageFile,
 ) -> AsyncIterator[Written]:
     image = support.mkfs(scratch, *args)
     with support.kernel_mount(image, scratch / "mnt") as mnt:
         for n in range(FILES):
             (mnt / f"file{n}").touch()
         inos = [(mnt / f"file{n}").stat().st_ino for n in range(FILES)]
-    log = await LogWriter(image).open()
+    log = await LogWriter(image, device).open()
     assert log.ends.clean
     arena = Arena(64 << 20)
     stream = Stream(log.region, arena, log.ends, logbsize)
@@ -193,6 +211,8 @@ async def test_the_kernel_replays_it(args: tuple[str, ...], logbsize: int, scrat
         assert place_of(tail)[0] < place_of(end)[0]
         kept = [count for lsn, _, count in log.logged if lsn >= tail]
         assert len(kept) > 3
+        unit = max(log.log.geo.log_sunit, log.log.geo.log_sector_size) >> L.BB_LOG
+        assert not any(place_of(lsn)[1] % unit for lsn, *_ in log.logged)
     image = scratch / "image"
     assert printed(image) == kept
     await judge(scratch, image, log.expected(tail, end))
@@ -204,7 +224,7 @@ async def test_torn(scratch: Path) -> None:
     async with written(scratch, SMALL, 32 * KIB) as log:
         tail = await log.go_round(1, keep=20)
         ends = []
-        for ino in list(log.times)[:4]:
+        for ino in list(log.times)[:3]:
             ends.append(await log.checkpoint(ino, tail, 2))
         region = log.log.region
         for lsn in reversed(ends[1:]):
@@ -215,6 +235,36 @@ async def test_torn(scratch: Path) -> None:
             found = await head.find(region)
             assert found.head == bb
             await judge(scratch, scratch / "image", log.expected(tail, lsn))
+
+
+@pytest.mark.slow
+@support.needs_root
+async def test_power_failures(scratch: Path) -> None:
+    """In the middle of a large checkpoint; the log goes on behind what the kernel would replay."""
+    rng, cuts = random.Random(4), 0
+    async with written(scratch, SMALL, 32 * KIB, device=Volatile) as log:
+        device, region = log.log.device, log.log.region
+        assert isinstance(device, Volatile)
+        tail = await log.go_round(1, keep=20)
+        await region.flush()
+        for limit in (10, 40, 80, 200):
+            await log.checkpoint(rng.choice(list(log.times)), tail, 1)
+            await region.flush()
+            tail, stable = log.make_room(tail), [lsn for lsn, *_ in log.logged]
+            device.left = rng.randrange(limit // 2, limit)
+            with suppress(OSError):
+                await log.checkpoint(rng.choice(list(log.times)), tail, 350)
+            device.lose(rng)
+            ends = await head.find(region)
+            found = checkpoints.committed(region, ends.tail, ends.head)
+            read = [checkpoint.lsn async for checkpoint in found]
+            assert {lsn for lsn in stable if lsn >= tail} <= set(read)
+            log.logged = [entry for entry in log.logged if entry[0] in (*stable, *read)]
+            end = lsn_of(ends.cycle, ends.head)
+            await judge(scratch, scratch / "image", log.expected(read[0], end))
+            cuts += log.stream.dead is not None
+            await log.go_on(ends)
+        assert cuts > 1
 
 
 @support.needs_root
