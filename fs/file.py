@@ -188,7 +188,8 @@ async def fsync(vol: Volume, ip: Inode, datasync: bool = False, fh: int = 0) -> 
     if state["flags"] & INODE_DIRTY:
         await vol.pages.write_object(ip.handle)
     vol.flusher.settle(ip.handle)
-    await vol.flush_metadata()
+    if not await vol.xlog.force_inode(ip):
+        await vol.dev.flush()  # nothing but data was written
     error, state["error"] = vol.told.tell(fh, int(state["error"]))
     if error:
         raise OSError(error, "write-back of the file failed earlier")

@@ -159,7 +159,7 @@ async def _going_down(vol: Volume, ip: Inode, data: bytes, caller: Caller) -> by
     if flags == GOING_DEFAULT and not vol.read_only:
         await vol.flusher.sync()
     if flags != GOING_NOLOGFLUSH and not vol.read_only:
-        await vol.flush_metadata()
+        await vol.xlog.force()
     vol.shutdown("user-initiated shutdown")
     return b""
 

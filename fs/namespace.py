@@ -124,10 +124,12 @@ def create_now(
     """The whole transaction, if nothing has to be waited for; errors are the general path's."""
     links.check_new_name(name)
     links.check_directory(dp)
-    if vol.inodes.loading or not vol.admits(vol.create_blocks):
+    ticket = None if vol.inodes.loading else vol.admits("create now", vol.create_blocks)
+    if ticket is None:
         return None
     ftype, now = directory.ftype_of(mode), stamp.now()
     at = quick.create(vol.resident, dp.handle, name, ftype, mode, uid, gid, rdev, now)
+    vol.commit_now(ticket, done=at != MISS)
     if at == MISS:
         return None
     vol.space.changed()
@@ -247,9 +249,11 @@ async def unlink(vol: Volume, dp: Inode, name: bytes) -> None:
 
 def unlink_now(vol: Volume, dp: Inode, name: bytes) -> bool:
     """The whole transaction, if nothing has to be waited for; errors are the general path's."""
-    if not vol.admits() or vol.inodegc.crowded:
+    ticket = None if vol.inodegc.crowded else vol.admits("remove now")
+    if ticket is None:
         return False
     at = quick.unlink(vol.resident, dp.handle, name, stamp.now())
+    vol.commit_now(ticket, done=at != MISS)
     if at > 0:  # nobody uses it: have it freed
         vol.inodes.put(vol.inodes.hold(at))
     return bool(at != MISS)
@@ -344,7 +348,12 @@ async def inactivate(vol: Volume, ip: Inode) -> None:
 
 def free_now(vol: Volume, ip: Inode) -> bool:
     """Free an unlinked inode without references if it has nothing left, and nothing is to wait."""
-    if not vol.admits() or quick.free_inode(vol.resident, ip.handle) != quick.READY:
+    ticket = vol.admits("inactive now")
+    if ticket is None:
+        return False
+    done = quick.free_inode(vol.resident, ip.handle) == quick.READY
+    vol.commit_now(ticket, done=done)
+    if not done:
         return False
     vol.space.changed()
     return True

@@ -22,7 +22,8 @@ async def syncfs(vol: Volume) -> None:
     if vol.read_only:
         return
     await vol.flusher.sync()
-    await vol.flush_metadata()
+    if not await vol.xlog.force():
+        await vol.dev.flush()
     error, vol.wb_error = vol.told.tell(0, vol.wb_error)
     if error:
         raise OSError(error, "write-back failed since the last syncfs")

@@ -2,9 +2,8 @@
 
 `Volume.open(...)` checks the superblock, recovers the log, starts the background tasks in a nursery
 of its own and yields the volume; leaving it inactivates what is unlinked, writes everything and
-marks the image clean. Our own changes are not logged yet, so a writable mount sets the superblock's
-needsrepair feature first and takes it back last: an image that crashed is refused, by the kernel
-and by us, until xfs_repair has seen it.
+says in the log that all is at home. What happens in between is logged, so an image that crashed is
+recovered by the next mount, ours or the kernel's.
 
 Locks, in the order in which they are taken: IOLOCK of inodes (ascending), a transaction's
 reservation, ILOCK of inodes (ascending), the space lock. One trio thread runs all of it, so the
@@ -37,7 +36,11 @@ from fs.device.base import Device
 from fs.eofblocks import EofBlocks
 from fs.errors import Corrupt, ShutDown, UserError
 from fs.inodegc import InodeGc
-from fs.log import head
+from fs.log import head, iclog
+from fs.log.ail import EVERYTHING
+from fs.log.changes import BUFFER, POINTERS, Changes
+from fs.log.grant import LOG_SPACE, Ticket
+from fs.log.log import Log
 from fs.log.region import Region
 from fs.log.transaction import Transaction
 from fs.space import Space
@@ -55,7 +58,7 @@ DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and fo
 RESTART_S = 1.0  # between a background task's failure and its next attempt
 METADATA = "metadata"  # to the lock-order validator: transactions wait for the metadata writer
 # The documented order of locks, from the outermost to the innermost.
-LOCK_ORDER = ("rename", "iolock", lockdep.FS_RECLAIM, METADATA, "ilock", "space")
+LOCK_ORDER = ("rename", "iolock", lockdep.FS_RECLAIM, METADATA, LOG_SPACE, "ilock", "space")
 FLUSH_BATCH = 256  # inodes flushed between two turns of the other tasks
 
 # Kinds of blocks that kernels find by themselves, in the order of fs.cache.resident's K_*.
@@ -82,6 +85,7 @@ class Volume:
         geo: Geometry,
         memory_bytes: int,
         nodes: Topology,
+        ends: head.Ends,
         *,
         read_only: bool,
         log: logging.Logger,
@@ -112,6 +116,7 @@ class Volume:
         self.ilocks = LockTable("ilock", words, INODE_WORDS, I4_ILOCK, self._ino_of)
         self.space_lock = LockTable("space")
         self.create_blocks = namespace.create_blocks(geo)
+        self.xlog = Log(self, Region(device, geo), ends, iclog.SIZE_LEAST)
         self._running = 0  # transactions that are open
         self.metadata_period_s = METADATA_PERIOD_S
         self._metadata_wake = trio.Event()
@@ -162,6 +167,7 @@ class Volume:
             geo,
             memory_bytes,
             nodes,
+            ends,
             read_only=only_reads,
             log=log,
             paranoid=paranoid,
@@ -198,7 +204,8 @@ class Volume:
             await freespace.mount(tp)
         self.space.start(self.ags.free, self.geo.dblocks)
         if not self.read_only:
-            await self._set_needsrepair(True)
+            await self.xlog.start()
+            nursery.start_soon(self._in_background, self.xlog.run)
             nursery.start_soon(self._in_background, self._metadata_writer)
             nursery.start_soon(self._in_background, self.flusher.run)
             nursery.start_soon(self._in_background, self.eofblocks.run)
@@ -208,10 +215,11 @@ class Volume:
             await self._finish_recovery(left)
 
     async def _finish_recovery(self, left: recovery.Recovery) -> None:
-        """The guard is set; the log is closed before the first change that it does not know."""
+        """What the log says was begun; the log is kept until all of it is done and at home."""
         try:
-            await left.close_log()
             await recovery.finish(self, left.work)
+            await self.flush_metadata()
+            self.xlog.recovered()
         except OSError as error:
             raise UserError(
                 f"{self.dev.name}: recovery could not be finished: {error}; run xfs_repair",
@@ -262,7 +270,7 @@ class Volume:
         except OSError as error:
             self.shutdown(f"unmount failed: {error}")
         if self.shut_down:
-            self.log.error("unmounted after a shutdown: run xfs_repair before the next mount")
+            self.log.error("unmounted after a shutdown: the next mount recovers the log")
 
     async def _write_data(self) -> None:
         """All dirty folios; those that stay dirty, for want of memory, are tried again."""
@@ -275,28 +283,22 @@ class Volume:
         self.shutdown(f"unmount failed: {self.pages.dirty.nr_dirty} pages stay dirty")
 
     async def _write_metadata(self) -> None:
-        """The last of it: metadata, and the mark of a clean image."""
+        """The last of it: metadata, exact counters, and the record that all is at home."""
+        await self._log_counters()
         await self.flush_metadata()
-        await self._set_needsrepair(False)
+        await self.xlog.unmount()
+        await self.dev.flush()
 
-    async def _set_needsrepair(self, guard: bool) -> None:
-        """Set the guard before the first change; clear it, with exact counters, after the last."""
-        async with Transaction(self, "sb", 0, write=True) as tp:
-            inodes = (0, 0) if guard else await self._count_inodes(tp)
+    async def _log_counters(self) -> None:
+        """The superblock's counters, which a running filesystem keeps in the AG headers."""
+        async with self.transaction("sb") as tp:
+            inodes = await self._count_inodes(tp)
             buf = await ag.read_sb(tp)
             sb = buf.rec(L.SB)
-            if guard:
-                sb["features_incompat"] |= L.INCOMPAT_NEEDSREPAIR
-            else:
-                sb["features_incompat"] &= ~np.uint32(L.INCOMPAT_NEEDSREPAIR)
-                sb["icount"], sb["ifree"] = inodes
-                sb["fdblocks"] = self.space.free
-                assert self.space.free == self.ags.free, "free-block accounting went wrong"
+            sb["icount"], sb["ifree"] = inodes
+            sb["fdblocks"] = self.space.free
+            assert self.space.free == self.ags.free, "free-block accounting went wrong"
             tp.log(buf)
-        if not guard:
-            await self.dev.flush()
-        await self.bufs.write_dirty()
-        await self.dev.flush()
 
     async def _count_inodes(self, tp: Transaction) -> tuple[int, int]:
         """Allocated and free inodes, from the AGI headers."""
@@ -326,6 +328,7 @@ class Volume:
             self.dev.name,
             reason,
         )
+        self.xlog.give_up()
         self.wake_metadata()
         self._metadata_done.set()
         self.inodegc.give_up()
@@ -376,18 +379,40 @@ class Volume:
             await self._metadata_done.wait()
         self.check_writable()
 
-    def admits(self, blocks: int = 0) -> bool:
-        """May a transaction that waits for nothing begin and end now?
+    def admits(self, name: str, blocks: int = 0) -> Ticket | None:
+        """Room in the log for a transaction that waits for nothing; None if it had to wait.
 
         It must do without blocks, but is refused where one that may need `blocks` would be.
         """
         if self.shut_down or self.read_only or self._metadata_is_crowding():
-            return False
-        return not blocks or blocks <= self.space.available
+            return None
+        if blocks and blocks > self.space.available:
+            return None
+        return self.xlog.try_now(name)
+
+    def commit_now(self, ticket: Ticket, *, done: bool) -> None:
+        """The end of a transaction that waited for nothing: a kernel noted what it changed."""
+        changes = self._touched()
+        assert done or not changes
+        if changes:
+            self.xlog.commit_now(changes, ticket)
+        ticket.release()
+
+    def _touched(self) -> Changes:
+        """What kernels changed since the last call."""
+        changes, r = Changes(), self.resident
+        cluster = int(r.shape[resident.G_OPS + resident.K_CLUSTER])
+        for handle in r.bufs_touched[1 : 1 + r.bufs_touched[0]].tolist():
+            is_cluster = self.bufs.table["ops"][handle] == cluster
+            changes.bufs[handle] = POINTERS if is_cluster else BUFFER
+        for handle in r.inodes_touched[1 : 1 + r.inodes_touched[0]].tolist():
+            changes.inodes[handle] = None
+        r.bufs_touched[0] = r.inodes_touched[0] = 0
+        return changes
 
     def _metadata_is_crowding(self) -> bool:
         dirty = self.bufs.dirty_bytes + self.inodes.dirty_count * DIRTY_INODE_BYTES
-        return dirty > self.arena.memory_bytes // METADATA_SHARE
+        return dirty > self.arena.memory_bytes // METADATA_SHARE or self.bufs.ail.is_crowded
 
     def enter(self) -> None:
         """A write transaction began."""
@@ -424,16 +449,19 @@ class Volume:
                     self.arena.kick()
 
     async def flush_metadata(self) -> None:
-        """Take all dirty inodes and buffers home and make them stable.
+        """Take what is committed to the log, and then home, and make it stable.
 
+        Passes by what a transaction holds and by what changes meanwhile: that is stable in the log.
         Waits for no lock that a transaction holds, so that cleaning never waits for memory.
-        Raises OSError from the device or for a corrupt inode cluster.
+        Raises OSError from the device or for a corrupt inode cluster, ShutDown.
         """
         self.check_alive()
         with gfp.memalloc():
+            await self.xlog.force()
             await self._flush_inodes()
             await self.bufs.write_dirty()
         await self.dev.flush()
+        self.xlog.moved_tail()
 
     async def _flush_inodes(self) -> None:
         """Copy dirty inodes into their cluster buffers.
@@ -446,10 +474,11 @@ class Volume:
             while left > 0:
                 if self.arena.below_min:
                     await self.bufs.write_dirty()
-                missing = residentino.flush(self.resident, min(left, FLUSH_BATCH))
+                looks = min(left, FLUSH_BATCH)
+                missing = residentino.flush(self.resident, looks, EVERYTHING)
                 if missing:
                     await self._flush_inode(self.inodes.view(missing))
-                left -= 1 if missing else FLUSH_BATCH
+                left -= 1 if missing else looks
                 await trio.lowlevel.checkpoint()
 
     async def _flush_inode(self, ip: Inode) -> None:
@@ -457,12 +486,8 @@ class Volume:
         daddr, bbs, offset = inobt.imap(self.geo, ino)
         buf = await self.bufs.read(daddr, bbs, inode.INODE_OPS)
         try:
-            if ip.ino != ino or not ip.dirty:
-                return  # its chunk was freed while the cluster was read
-            self.inodes.mark_clean(ip)
-            table, mem = self.inodes.table, self.arena.mem
-            inode.pack(self.geo, table, ip.handle, mem, ip.image_addr, mem, buf.addr + offset)
-            self.bufs.mark_dirty(buf.handle)
+            if ip.ino == ino and ip.dirty:  # else its chunk was freed while the cluster was read
+                residentino.flush_one(self.resident, ip.handle, buf.handle, buf.addr + offset)
         finally:
             self.bufs.release(buf.handle)
 

@@ -309,6 +309,7 @@ async def _submit(vol: Volume, ip: Inode, segments: list[Segment]) -> None:
             views += vol.pages.memory(ip.handle, s.offset << log, s.offset + s.count << log)
             end += s.count
             at += 1
+        await vol.xlog.wait_freed(first.fsbno, end - first.fsbno)
         await vol.dev.write(vol.geo.fsb_to_bytes(first.fsbno), views)
 
 
@@ -318,33 +319,41 @@ async def _complete(vol: Volume, ip: Inode, ioend: Ioend, segments: list[Segment
     On an error `segments` has those whose change of the map was not made.
     """
     segments[:] = [s for s in segments if s.then != IN_PLACE]
-    while len(segments) > EDITS_MAX:
-        await _edit_map(vol, ip, segments[:EDITS_MAX], 0)
-        del segments[:EDITS_MAX]
     last, count = ioend.ranges()[-1]
     size = min(ioend.size, last + count << vol.geo.block_log)
-    if segments or size > ip.disk_size:
+    while segments:
+        await _edit_map(vol, ip, segments, size)
+    if min(size, ip.size) > ip.disk_size:
         await _edit_map(vol, ip, segments, size)
 
 
 async def _edit_map(vol: Volume, ip: Inode, edits: list[Segment], size: int) -> None:
-    """One completing transaction; a size of 0 leaves the on-disk size as it is."""
+    """One completing transaction, which takes the edits that it made off the list.
+
+    With the last of them the on-disk size follows.
+    """
     await trio.lowlevel.checkpoint()
     state = vol.pages.state(ip.handle)
     async with vol.transaction("ioend") as tp:
         await tp.lock_inodes(ip)
-        tree = delalloc.take(tp, ip, 0, 0, len(edits))
+        turns, done = min(len(edits), EDITS_MAX), 0
+        tree = delalloc.take(tp, ip, 0, 0, turns)
         try:
-            for s in edits:
+            for s in edits[:turns]:
+                if done and not tp.has_room:
+                    break
+                done += 1
                 if s.then == CONVERT:
                     await bmap.convert(tp, ip, s.offset, s.count)
                 else:
                     await bmap.remap(tp, ip, bmap.Mapping(s.offset, s.fsbno, s.count))
         finally:
             delalloc.give_back(tp, ip, 0, tree)
-        ip.disk_size = max(ip.disk_size, min(size, ip.size))
+        if done == len(edits):
+            ip.disk_size = max(ip.disk_size, min(size, ip.size))
         state["map_seq"] += 1
         tp.log_inode(ip)
+    del edits[:done]
 
 
 async def _abandon_copies(vol: Volume, ip: Inode, segments: list[Segment]) -> None:
@@ -354,9 +363,14 @@ async def _abandon_copies(vol: Volume, ip: Inode, segments: list[Segment]) -> No
         return
 
     async def free() -> None:
-        async with vol.transaction("copy on write, cancelled") as tp:
-            for s in copies:
-                await freespace.free(tp, s.fsbno, s.count, Owner(ip.ino, s.offset))
+        while copies:
+            done = 0
+            async with vol.transaction("copy on write, cancelled") as tp:
+                while done < len(copies) and (not done or tp.has_room):
+                    s = copies[done]
+                    await freespace.free(tp, s.fsbno, s.count, Owner(ip.ino, s.offset))
+                    done += 1
+            del copies[:done]
 
     try:
         await enomem.insist(vol, free, "blocks of a failed copy are lost")

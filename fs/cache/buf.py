@@ -6,12 +6,13 @@ structure's own verifier) and only then visible. Modified buffers stay on a dirt
 metadata writer copies them, stamps their CRC and writes neighbours in one device write.
 
 Invariants: one buffer per daddr; a buffer with holders, dirty or being written is never reclaimed;
-a reader of a block that somebody else reads waits for that read.
+a reader of a block that somebody else reads waits for that read; what a checkpoint of the log
+contains is not written before that is stable.
 
 Locking: trio thread only; everything between awaits is atomic. Buffers have no lock of their own:
-who may modify which block follows from the inode's ILOCK and the space lock. The writer copies
-before it writes, so a block may change while an older image of it is on its way; a second write of
-the same block waits for the first.
+who may modify which block follows from the inode's ILOCK and the space lock. The writer passes by
+what a transaction holds, which may be half-changed, and copies before it writes, so a block may
+change while an older image of it is on its way; a second write of it waits for the first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import trio
 
 from alloc import gfp, lockdep
 from alloc.arena import Arena
-from alloc.jit import kernel
+from alloc.jit import helper, kernel
 from alloc.watermarks import KB_PER_PAGE
 from fs.cache.lock import Mutex
 from fs.cache.thread import (
@@ -39,6 +40,8 @@ from fs.cache.thread import (
 )
 from fs.device.base import Device
 from fs.errors import Corrupt
+from fs.log import ail
+from fs.log.ail import EVERYTHING, Ail
 from fs.xfs import layout as L
 from fs.xfs.crc import crc_ok, crc_stamp
 from fs.xfs.geometry import Geometry
@@ -60,11 +63,18 @@ BUF = np.dtype(
         ("dirty_prev", "u4"),
         ("dirty_next", "u4"),
         ("data", "u4"),  # number of the first page or index of the slab object
+        # What the log knows of it (fs/log/cil.py, fs/log/ail.py).
+        ("seq", "i8"),  # the newest checkpoint that contains it
+        ("held", "i8"),  # the stable checkpoint that it keeps in the log, or 0
+        ("lsn", "i8"),  # to be stamped when it is written
+        ("item", "u4"),  # its item in the checkpoint that is filled, and in the one that is
+        ("going", "u4"),  # being written; 0: none
+        ("pad", "u1", (32,)),
     ]
 )
-assert BUF.itemsize == 64
+assert BUF.itemsize == 128
 
-F_VALID, F_DIRTY, F_WRITING, F_STALE, F_REFERENCED, F_PIECES = 1, 2, 4, 8, 16, 32
+F_VALID, F_DIRTY, F_WRITING, F_STALE, F_REFERENCED, F_PIECES, F_TOUCHED = 1, 2, 4, 8, 16, 32, 64
 
 # Words of the cache's head array.
 H_LRU, H_DIRTY = 0, 2  # two words each: first and last
@@ -196,16 +206,58 @@ def _mark_clean(t, head, h):
         head[H_DIRTY_BYTES] -= t["size"][h]
 
 
-@kernel(_table_args(np.zeros(1, np.int64)))
-def _collect_dirty(t, head, out):
-    """Handles of dirty buffers that are not on their way already; returns how many."""
+@helper
+def _may_go(t, held, h):
+    """Is a dirty buffer whole, and all of it in the log?"""
+    if t["flags"][h] & (F_WRITING | F_DIRTY) != F_DIRTY or t["hold"][h]:
+        return False
+    return not ail.is_pinned(held, t["seq"][h])
+
+
+@kernel(_table_args(ail.sample(), np.zeros(1, np.int64), 1))
+def _collect_dirty(t, head, held, out, most):
+    """Handles of buffers that may go home and hold a checkpoint up to `most`; returns how many."""
     n, h = 0, head[H_DIRTY]
     while h and n < out.size:
-        if not t["flags"][h] & F_WRITING:
+        if t["held"][h] <= most and _may_go(t, held, h):
             out[n] = h
             n += 1
         h = np.int64(t["dirty_next"][h])
     return n
+
+
+@kernel(_table_args(ail.sample(), 1))
+def _goes(t, head, held, h):
+    return _may_go(t, held, h)
+
+
+@kernel(_table_args(1))
+def _depart(t, head, h):
+    """A buffer goes home: the checkpoint that it held so far, or 0."""
+    _mark_clean(t, head, h)
+    t["flags"][h] |= F_WRITING
+    kept = t["held"][h]
+    t["held"][h] = 0
+    return kept
+
+
+@helper
+def keep_in_log(t, held, h, seq):
+    """The buffer holds checkpoint `seq`, or the older one that it holds already."""
+    before = t["held"][h]
+    if before == 0 or before > seq:
+        ail.hold(held, seq)
+        ail.release(held, before)
+        t["held"][h] = seq
+
+
+@kernel(_table_args(ail.sample(), 1, 1))
+def _return(t, head, held, h, kept):
+    """A buffer could not be written: it is dirty, and holds what it held."""
+    mark_dirty(t, head, h)
+    if kept != 0:
+        keep_in_log(t, held, h, kept)
+        ail.release(held, kept)
 
 
 @kernel(_table_args(_BUCKETS, np.zeros(1, np.int64), 1))
@@ -252,6 +304,7 @@ class BufCache:
         self.table = self._slab.table
         self.flags = self.table["flags"]
         self._record_ops, self._owners = self.table["ops"], self.table["owner"]
+        self._lsns = self.table["lsn"]
         self._small = {
             size: arena.slab(f"xfs_buf-{size}", np.dtype([("bytes", "u1", (size,))]), True)
             for size in (512, 1024, 2048)
@@ -261,6 +314,7 @@ class BufCache:
         self._ops_index: dict[int, int] = {}
         self._reads: dict[int, trio.Event] = {}
         self._runs: dict[int, Runs] = {}  # of the few buffers that are not in one piece
+        self.ail = Ail()
         self._writing = trio.Event()
         self._found = np.zeros(RECLAIM_BATCH, np.int64)
         self._writer = Mutex("buf writer")
@@ -327,6 +381,18 @@ class BufCache:
             if under_way is None:
                 return await self._read_device(daddr, bbs, ops, owner, runs)
             await under_way.wait()
+
+    def parts(self, handle: int) -> list[tuple[int, int, int]]:
+        """(daddr, address, bytes) of each part of a buffer."""
+        addr, size, daddr = _identity(self.table, handle)
+        runs = self._runs.get(handle)
+        if runs is None:
+            return [(daddr, addr, size)]
+        found = []
+        for start, bbs in runs:
+            found.append((start, addr, bbs << L.BB_LOG))
+            addr += bbs << L.BB_LOG
+        return found
 
     def find(self, daddr: int) -> Buf | None:
         """Hold the buffer if it is in core; nothing is read or verified."""
@@ -455,6 +521,8 @@ class BufCache:
         record["addr"] = data * min(size, PAGE_SIZE)
         record["data"], record["daddr"], record["size"] = data, daddr, size
         record["hold"], record["flags"] = 1, F_REFERENCED
+        for name in ("seq", "held", "lsn", "item", "going"):
+            record[name] = 0
         self.set_ops(handle, ops)
         self._set_runs(handle, runs)
         return handle
@@ -546,16 +614,17 @@ class BufCache:
     def dirty_bytes(self) -> int:
         return int(self._head[H_DIRTY_BYTES])
 
-    async def write_dirty(self) -> None:
-        """Write every buffer that is dirty now, in device order. The caller flushes the device.
+    async def write_dirty(self, most: int = EVERYTHING) -> None:
+        """Write the buffers that are dirty now, may go home and hold a checkpoint up to `most`.
 
-        Raises OSError from the device; the buffers not written stay dirty.
+        In device order. The caller flushes the device. Raises OSError from the device; the buffers
+        not written stay dirty.
         """
         async with self._writer:
             out = np.zeros(WRITE_BATCH, np.int64)
             rounds = 1 + int(self._head[H_COUNT]) // WRITE_BATCH
             for _ in range(rounds):
-                n = _collect_dirty(self.table, self._head, out)
+                n = _collect_dirty(self.table, self._head, self.ail.held, out, most)
                 if n == 0:
                     return
                 order = np.argsort(self.table["daddr"][out[:n]], kind="stable")
@@ -568,50 +637,55 @@ class BufCache:
             if run:
                 await self._write_run(run, end)
 
-    def _fill_bounce(self, handles: Sequence[int], index: int) -> tuple[int, list[int], int]:
+    def _fill_bounce(
+        self, handles: Sequence[int], index: int
+    ) -> tuple[int, list[tuple[int, int]], int]:
         """Stamp and copy neighbours into the bounce until there is a gap or it is full.
 
-        Returns the index to go on from, the buffers copied and the end of the copy. Looks at each
-        buffer anew, because buffers come and go while earlier runs are written.
+        Returns the index to go on from, the buffers copied, each with the checkpoint that it held,
+        and the end of the copy. Looks at each buffer anew, because buffers come and go while
+        earlier runs are written.
         """
         start = at = self._bounce_pfn * PAGE_SIZE
-        run: list[int] = []
+        run: list[tuple[int, int]] = []
         expected = -1
         while index < len(handles):
             handle = handles[index]
-            if self.flags[handle] & F_DIRTY:
-                buf = Buf(self, handle)
-                if run and (buf.daddr != expected or at + buf.size > start + self._bounce_bytes):
-                    break
-                if run and handle in self._runs:  # in parts: no neighbour goes with it
-                    break
-                self._stamp(buf)
-                self.mem[at : at + buf.size] = buf.data
-                at += buf.size
-                expected = -1 if handle in self._runs else buf.daddr + buf.bbs
-                _mark_clean(self.table, self._head, handle)
-                self.flags[handle] |= F_WRITING
-                run.append(handle)
             index += 1
+            if not _goes(self.table, self._head, self.ail.held, handle):
+                continue
+            buf = Buf(self, handle)
+            if run and (buf.daddr != expected or at + buf.size > start + self._bounce_bytes):
+                return index - 1, run, at
+            if run and handle in self._runs:  # in parts: no neighbour goes with it
+                return index - 1, run, at
+            self._stamp(buf)
+            self.mem[at : at + buf.size] = buf.data
+            at += buf.size
+            expected = -1 if handle in self._runs else buf.daddr + buf.bbs
+            run.append((handle, _depart(self.table, self._head, handle)))
         return index, run, at
 
-    async def _write_run(self, run: Sequence[int], end: int) -> None:
-        start = self._bounce_pfn * PAGE_SIZE
-        whole = int(self.table["daddr"][run[0]]), (end - start) >> L.BB_LOG
+    async def _write_run(self, run: Sequence[tuple[int, int]], end: int) -> None:
+        start, first = self._bounce_pfn * PAGE_SIZE, run[0][0]
+        whole = int(self.table["daddr"][first]), (end - start) >> L.BB_LOG
         done = self._writing = trio.Event()
         try:
-            for daddr, bbs in self._runs.get(run[0]) or (whole,):
+            for daddr, bbs in self._runs.get(first) or (whole,):
                 view = self.mem[start : start + (bbs << L.BB_LOG)].data
                 await self._device.write(daddr << L.BB_LOG, [view])
                 start += bbs << L.BB_LOG
         except BaseException:
-            for handle in run:
+            for handle, kept in run:
                 if not self.flags[handle] & F_STALE:
-                    mark_dirty(self.table, self._head, handle)
+                    _return(self.table, self._head, self.ail.held, handle, kept)
             raise
+        else:
+            for _, kept in run:
+                self.ail.release(kept)
         finally:
             done.set()
-            for handle in run:
+            for handle, _ in run:
                 self._written(handle)
         self.counts["writes"] += len(run)
         self.counts["merged_writes"] += 1
@@ -635,5 +709,13 @@ class BufCache:
             fault = ops.verify(self._geo, buf, None)
             if fault:
                 raise self._corrupt(ops, buf.daddr, f"about to be written: {fault}")
+        if ops.lsn_offset is not None:
+            at = buf.addr + ops.lsn_offset
+            buf.mem[at : at + 8].view(">u8")[0] = self._lsns[buf.handle]
+        self.stamp_crc(buf.handle)
+
+    def stamp_crc(self, handle: int) -> None:
+        """Make the checksum of a buffer right for what it holds now."""
+        ops, record = self.ops_of(handle), self.table[handle]
         if ops.crc_offset is not None:
-            crc_stamp(buf.mem, buf.addr, buf.size, ops.crc_offset)
+            crc_stamp(self.mem, int(record["addr"]), int(record["size"]), ops.crc_offset)

@@ -65,7 +65,13 @@ INODE = np.dtype(
         ("touched", "u4"),  # a lane found it since reclaim last looked
         ("writers", "u4"),  # open files that may write (fs/eofblocks.py)
         ("mapping", MAPPING),
-        ("pad", "u1", (320 - MAPPING.itemsize,)),
+        # What the log knows of it, as of a buffer (fs/cache/buf.py).
+        ("seq", "i8"),
+        ("held", "i8"),
+        ("lsn", "i8"),
+        ("item", "u4"),
+        ("going", "u4"),
+        ("pad", "u1", (288 - MAPPING.itemsize,)),
     ]
 )
 assert INODE.itemsize == 512, INODE.itemsize

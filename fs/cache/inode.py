@@ -107,6 +107,7 @@ class Inode:
     refs = _field("refs")
     nlookup = _field("nlookup")
     unlinked_prev = _field("unlinked_prev")
+    seq = _field("seq")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Inode) and other.handle == self.handle
@@ -398,6 +399,12 @@ class InodeCache:
         return int(self._head[records.H_DIRTY_COUNT])
 
     # -- life -----------------------------------------------------------------------------------
+
+    def in_core(self, first_ino: int, count: int) -> list[int]:
+        """Handles of those of `count` inodes that have a record."""
+        args = self.table, self._head, self.buckets
+        found = (records.find(*args, ino) for ino in range(first_ino, first_ino + count))
+        return [handle for handle in found if handle]
 
     def drop_chunk(self, first_ino: int, count: int) -> None:
         """Forget the free inodes of a chunk whose blocks are being freed; none may be in use."""

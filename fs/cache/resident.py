@@ -31,16 +31,26 @@ from alloc.placement import place
 from alloc.rows import TRIO
 from fs.cache import dentry
 from fs.cache import inodetable as table
-from fs.cache.buf import BUF, F_PIECES, F_REFERENCED, F_VALID, H_WORDS, mark_dirty
+from fs.cache.buf import (
+    BUF,
+    F_PIECES,
+    F_REFERENCED,
+    F_VALID,
+    H_WORDS,
+    keep_in_log,
+    mark_dirty,
+)
 from fs.cache.dentry import DENTRY
 from fs.cache.incore import INODE, S_VALID
 from fs.cache.thread import chain_find
+from fs.log import ail
 
 if TYPE_CHECKING:
     from fs.cache.buf import BufOps
     from fs.volume import Volume
 
 MISS = -1
+TOUCHED = 64  # words of a list of what a kernel changed; the first is their number
 NOBODY = 0  # owner of a buffer that was verified without one
 
 # Indices into `shape`.
@@ -74,6 +84,9 @@ class Resident(NamedTuple):
     space_lock: Any  # the word of the volume's space lock
     record: Any  # bytes of one record on its way into a tree
     plan: Any  # what the planning kernel found; each module has its words
+    held: ail.Held
+    bufs_touched: Any  # handles of what the kernel changed, for the log
+    inodes_touched: Any
 
 
 def sample() -> Resident:
@@ -100,6 +113,9 @@ def sample() -> Resident:
         links,
         np.zeros(RECORD_BYTES, np.uint8),
         np.zeros(PLAN_WORDS, np.int64),
+        ail.sample(),
+        words,
+        words,
     )
 
 
@@ -144,7 +160,21 @@ def of_volume(vol: Volume, kinds: tuple[BufOps, ...], limits: Any, flags2: int) 
         vol.space_lock.words,
         np.zeros(RECORD_BYTES, np.uint8),
         np.zeros(PLAN_WORDS, np.int64),
+        vol.bufs.ail.held,
+        np.zeros(TOUCHED, np.int64),
+        np.zeros(TOUCHED, np.int64),
     )
+
+
+@helper
+def _note(touched, h):
+    """Put a handle on a list, once."""
+    n = touched[0]
+    for i in range(1, n + 1):
+        if touched[i] == h:
+            return
+    touched[n + 1] = h
+    touched[0] = n + 1
 
 
 @helper
@@ -170,14 +200,28 @@ def addr_of(r, h):
 
 @helper
 def log_buf(r, h):
-    """The buffer was changed."""
+    """The buffer was changed, and is to be logged."""
     mark_dirty(r.bufs, r.head, h)
+    _note(r.bufs_touched, h)
+
+
+@helper
+def deliver(r, i, h):
+    """In-core inode i is in its cluster's buffer, which keeps the log for it from here on."""
+    clean_inode(r, i)
+    mark_dirty(r.bufs, r.head, h)
+    seq = r.inodes["held"][i]
+    if seq != 0:
+        keep_in_log(r.bufs, r.held, h, seq)
+        ail.release(r.held, seq)
+        r.inodes["held"][i] = 0
 
 
 @helper
 def log_inode(r, i):
-    """The in-core inode was changed."""
+    """The in-core inode was changed, and is to be logged."""
     table.mark_dirty(r.inodes, r.inode_head, i)
+    _note(r.inodes_touched, i)
 
 
 @helper

@@ -247,6 +247,14 @@ def put_create(mem, at, agno, agbno, count, inode_size, nr_blocks, generation):
     return np.int64(1)
 
 
+def create(geo: Geometry, agno: int, agbno: int, nr_blocks: int, generation: int) -> bytes:
+    """The vector of `put_create` for all inodes of new blocks."""
+    vector = np.zeros(CREATE_BYTES, np.uint8)
+    count = nr_blocks << geo.inopblog
+    put_create(vector, 0, agno, agbno, count, geo.inode_size, nr_blocks, generation)
+    return vector.tobytes()
+
+
 # -- inodes ---------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ class Ends(NamedTuple):
     tail: int  # LSN
     clean: bool
     last: int  # BB of the record before the head
+    size: int = 0  # of iclogs, in a dirty log: replay takes all records for such
 
 
 class Header(NamedTuple):
@@ -224,4 +225,4 @@ async def find(region: Region) -> Ends:
     if not same and not before:
         raise BadLog(f"the tail {last.tail_lsn:#x} that the record at block {last.bb} names")
     tail = await search.past_overwritten(last.tail_lsn, head)
-    return Ends(head, cycle, tail, False, last.bb)
+    return Ends(head, cycle, tail, False, last.bb, last.headers * record.HEADER_DATA)

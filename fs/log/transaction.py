@@ -1,15 +1,14 @@
 """Transactions: the only way to dirty metadata, and the only way to hold metadata buffers.
 
 A transaction reserves, joins, modifies and commits. Entering is the only place that waits for
-space; afterwards nothing can fail for lack of it. What it changed stays changed: XFS modifies
-cached objects in place and keeps no before-image, so leaving with an exception after the first
-change shuts the filesystem down.
+space, in the filesystem and in the log; afterwards nothing can fail for lack of it. What it changed
+stays changed: XFS modifies cached objects in place and keeps no before-image, so leaving with an
+exception after the first change shuts the filesystem down. Leaving without one puts all that it
+changed into the CIL, at once; from there checkpoints take it to the log, and only then it may go
+home.
 
-Order of locks: reservation, then ILOCKs in ascending ino (one call), then the space lock. All are
+Order of locks: reservations, then ILOCKs in ascending ino (one call), then the space lock. All are
 held until the end. Buffers and inodes taken through a transaction are released at its end.
-
-There is no log yet: committed buffers and inodes are dirty in memory and the metadata writer takes
-them home in any order, under the needsrepair guard of the superblock.
 """
 
 from __future__ import annotations
@@ -23,11 +22,15 @@ from alloc import gfp
 from fs import enomem
 from fs.cache.buf import Buf, BufOps, Runs
 from fs.cache.inode import Inode
+from fs.log.changes import BUFFER, ORDERED, POINTERS, Changes
+from fs.log.grant import Overrun
+from fs.xfs.inode import INODE_OPS
 from writeback.mapping import INODE_DIRTY
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from fs.log.grant import Ticket
     from fs.volume import Volume
 
 
@@ -52,6 +55,8 @@ class Transaction:
         self._write = write
         self._from_pool = from_pool
         self._readers = inodes
+        self._changes = Changes()
+        self._ticket: Ticket | None = None
         self._held: dict[int, Buf] = {}
         self._stale: list[Buf] = []
         self._locked: list[int] = []
@@ -67,6 +72,7 @@ class Transaction:
             await self.vol.admit(self.name)
             await self._reserve()
             self.blocks = self._wanted
+            await self._reserve_log()
             self.vol.enter()
         self._shield.__enter__()
         self._scope.__enter__()
@@ -83,6 +89,14 @@ class Transaction:
                 raise
             space.reserve(self._wanted)
 
+    async def _reserve_log(self) -> None:
+        """Promise it room in the log for all that it may change. Raises ShutDown."""
+        try:
+            self._ticket = await self.vol.xlog.reserve(self.name)
+        except BaseException:
+            self.vol.space.release(self.blocks)
+            raise
+
     async def __aexit__(
         self,
         kind: type[BaseException] | None,
@@ -92,12 +106,25 @@ class Transaction:
         try:
             if error is not None and self.dirty:
                 self._cancel_dirty(error)
+            elif self._changes:
+                await self._commit()
             for buf in self._stale:
                 await self.vol.bufs.wait_written(buf.handle)
         finally:
             self._finish()
             self._scope.__exit__(kind, error, trace)
             self._shield.__exit__(kind, error, trace)
+
+    async def _commit(self) -> None:
+        """From here on it happened."""
+        assert self._ticket is not None
+        try:
+            await self.vol.xlog.commit(self._changes, self._ticket)
+        except Overrun as error:
+            self.vol.shutdown(str(error))
+        except BaseException as error:  # a policy that lets allocations fail
+            self._cancel_dirty(error)
+            raise
 
     def _cancel_dirty(self, error: BaseException) -> None:
         """What was changed cannot be taken back: memory and image disagree from here on."""
@@ -122,8 +149,16 @@ class Transaction:
             self.vol.space_lock.release(0)
         for handle in self._locked:
             self.vol.ilocks.release(handle)
+        if self._ticket is not None:
+            self._ticket.release()
         if self._write:
             self.vol.leave()
+
+    @property
+    def has_room(self) -> bool:
+        """Does what is promised of the log suffice for another turn of this transaction's loop?"""
+        need = self.vol.xlog.budget.need(self.name)
+        return self._changes.nbytes + need.step <= need.payload
 
     # -- locks ----------------------------------------------------------------------------------
 
@@ -173,30 +208,57 @@ class Transaction:
         self.vol.bufs.release(buf.handle)
         return held
 
-    def log(self, buf: Buf, first: int = 0, last: int = -1) -> None:
-        """Bytes first..last of the buffer changed (all of them unless told)."""
+    def log(self, buf: Buf) -> None:
+        """The buffer changed. Of an inode cluster, only unlinked pointers are logged so."""
+        self._change(buf, POINTERS if buf.ops is INODE_OPS else BUFFER)
+
+    def order(self, buf: Buf) -> None:
+        """The buffer must be home before the log forgets this transaction, which rebuilds it."""
+        self._change(buf, ORDERED)
+
+    def _change(self, buf: Buf, kind: int) -> None:
         assert self._write
         self.vol.check_writable()
         self.dirty = True
+        self._changes.add_buffer(buf.handle, kind, buf.size)
         self.vol.bufs.mark_dirty(buf.handle)
+
+    def log_also(self, vector: bytes) -> None:
+        """Something that recovery is to do besides: a log vector (fs/log/formats.py)."""
+        assert self._write
+        self.dirty = True
+        self._changes.loose.append(vector)
+
+    def freed(self, fsbno: int, n: int) -> None:
+        """Blocks were freed: nobody's data goes there before the log says so."""
+        self._changes.extents.append((fsbno, n))
 
     def invalidate(self, buf: Buf) -> None:
         """The buffer's block was freed: it is forgotten and never written."""
         assert self._write
         self.dirty = True
         if self._held.pop(buf.daddr, None) is not None:
+            for daddr, _, size in self.vol.bufs.parts(buf.handle):
+                self._changes.cancels[daddr, size] = None
+            self._changes.bufs.pop(buf.handle, None)
+            self._changes.stale[buf.handle] = None
             self.vol.bufs.invalidate(buf.handle)
             self._stale.append(buf)
 
-    def forget(self, daddr: int) -> None:
-        """Invalidate the buffer at an address, if there is one, without reading it."""
-        buf = self._held.get(daddr)
-        if buf is None:
-            found = self.vol.bufs.find(daddr)
-            if found is None:
-                return
-            buf = self._keep(found)
-        self.invalidate(buf)
+    def forget(self, daddr: int, size: int) -> None:
+        """Invalidate a block of `size` bytes, or a part of one, without reading it."""
+        self.dirty = True
+        buf = self._held.get(daddr) or self.vol.bufs.find(daddr)
+        if buf is not None:
+            self.invalidate(self._keep(buf) if daddr not in self._held else buf)
+        self._changes.cancels[daddr, size] = None
+
+    def forget_inodes(self, first: int, count: int) -> None:
+        """A chunk's blocks are freed; none of its inodes is in use."""
+        for handle in self.vol.inodes.in_core(first, count):
+            self._changes.inodes.pop(handle, None)
+            self._changes.releases.append(self.vol.xlog.cil.forget_inode(handle))
+        self.vol.inodes.drop_chunk(first, count)
 
     def release(self, buf: Buf) -> None:
         """Let go of a buffer early, so that a long scan does not hold memory."""
@@ -211,6 +273,7 @@ class Transaction:
         self.vol.check_writable()
         self.dirty = True
         self.vol.pages.change_flags(ip.handle, remove=INODE_DIRTY)  # its stamps go along
+        self._changes.add_inode(ip.handle, self.vol.geo.inode_size)
         self.vol.inodes.mark_dirty(ip)
 
     def take_delalloc(self, blocks: int) -> None:

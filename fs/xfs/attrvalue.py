@@ -143,6 +143,7 @@ async def write(vol: Volume, ip: Inode, valueblk: int, value: bytes) -> None:
                 _fill(geo, mem, addr, ip.ino, daddr, done, part)
                 done += len(part)
                 daddr += geo.block_bbs
+            await vol.xlog.wait_freed(piece.fsbno, piece.count)
             await vol.dev.write(geo.fsb_to_bytes(piece.fsbno), [mem[start : start + nbytes].data])
     await vol.dev.flush()
 

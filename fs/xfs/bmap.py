@@ -293,13 +293,15 @@ async def alloc(
 async def unmap(tp: Transaction, ip: Inode, offset: int, count: int, fork: int = DATA) -> bool:
     """Take mappings in a range away, from its end on, and free their blocks.
 
-    At most UNMAP_EXTENTS records a call; returns whether the range is empty now. The caller goes
-    on in another transaction. Only cutting a hole inside one record can need blocks (for the
-    tree): without any OSError(ENOSPC) is raised, with nothing changed. Buffers of freed metadata
-    blocks are the caller's to invalidate, before.
+    At most UNMAP_EXTENTS records a call, and no more than the log has room for; returns whether the
+    range is empty now. The caller goes on in another transaction. Only cutting a hole inside one
+    record can need blocks (for the tree): without any OSError(ENOSPC) is raised, with nothing
+    changed. Buffers of freed metadata blocks are the caller's to invalidate, before.
     """
     end = min(offset + count, L.FILE_OFFSET_MAX)
-    for _ in range(UNMAP_EXTENTS):
+    for turn in range(UNMAP_EXTENTS):
+        if turn and not tp.has_room:
+            break
         last, _next = await _around(tp, ip, end - 1, fork) if end > offset else (None, None)
         if last is None or last.end <= offset:
             return True
@@ -348,10 +350,13 @@ async def split(tp: Transaction, ip: Inode, offset: int) -> None:
 async def shift_left(tp: Transaction, ip: Inode, start: int, by: int) -> int | None:
     """Move the mappings from file block `start` on `by` blocks down, over a hole of that size.
 
-    At most SHIFT_EXTENTS records a call, from the first on: the map is in order whenever it ends.
-    Returns where the next call goes on, None when all are moved. Needs no blocks.
+    At most SHIFT_EXTENTS records a call, as far as the log has room, from the first on: the map is
+    in order whenever it ends. Returns where the next call goes on, None when all are moved. Needs
+    no blocks.
     """
-    for _ in range(SHIFT_EXTENTS):
+    for turn in range(SHIFT_EXTENTS):
+        if turn and not tp.has_room:
+            break
         left, found = await _around(tp, ip, start - 1, DATA)
         if found is None:
             return None
@@ -372,7 +377,9 @@ async def shift_right(
 
     As `shift_left`, but from the last on; the next call's `end` is returned.
     """
-    for _ in range(SHIFT_EXTENTS):
+    for turn in range(SHIFT_EXTENTS):
+        if turn and not tp.has_room:
+            break
         found, right = await _around(tp, ip, end - 1, DATA)
         if found is None or found.end <= start:
             return None

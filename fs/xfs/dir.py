@@ -21,6 +21,7 @@ import numpy as np
 
 from fs.cache.buf import Buf
 from fs.cache.resident import MISS
+from fs.log.budget import CANCELS
 from fs.xfs import bmap, danode, dirbuf, residentdir
 from fs.xfs import dirblock as B
 from fs.xfs import dirdata as D
@@ -393,7 +394,7 @@ async def inactivate(vol: Volume, dp: Inode) -> None:
 
 
 async def _drop_extent(tp: Transaction, dp: Inode) -> bool:
-    """Free the last extent, forgetting its buffers; True when nothing is left."""
+    """Free the last extent, or much of it, and its buffers; True when nothing is left."""
     geo = tp.vol.geo
     end = await bmap.last_offset(tp, dp)
     if not end:
@@ -402,9 +403,13 @@ async def _drop_extent(tp: Transaction, dp: Inode) -> bool:
         return True
     found = await bmap.lookup(tp, dp, end - 1)
     assert found is not None
-    for at in range(found.count):
-        tp.forget(geo.fsb_to_daddr(found.fsbno + at))
-    while not await bmap.unmap(tp, dp, found.offset, found.count):
+    blocks = geo.dir_block_blocks
+    at = first = max(found.offset, (found.end // blocks - CANCELS) * blocks)
+    while at < found.end:  # what of each directory block lies here
+        n = min(blocks - at % blocks, found.end - at)
+        tp.forget(geo.fsb_to_daddr(found.fsbno + at - found.offset), n << geo.block_log)
+        at += n
+    while not await bmap.unmap(tp, dp, first, found.end - first):
         pass
     tp.log_inode(dp)
     return False

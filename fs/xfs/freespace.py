@@ -247,6 +247,7 @@ async def _take(tp: Transaction, agno: int, agf: Buf, start: int, n: int) -> Non
 
 async def _give(tp: Transaction, agno: int, agf: Buf, start: int, n: int) -> None:
     """Put blocks among the free extents, merged with their neighbours."""
+    tp.freed(tp.vol.geo.fsb(agno, start), n)
     bno, cnt = bno_cursor(tp, agno, agf), cnt_cursor(tp, agno, agf)
     left = right = None
     if await bno.lookup_le(start):

@@ -19,6 +19,7 @@ import random
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+from fs.log import formats
 from fs.xfs import ag, btkind, freespace, inode
 from fs.xfs import layout as L
 from fs.xfs.btree import Cursor
@@ -277,7 +278,7 @@ async def _place(
 
 
 async def _init_clusters(tp: Transaction, agno: int, agbno: int, blocks: int) -> None:
-    """Fill the cluster buffers of new blocks with free inodes."""
+    """Fill the cluster buffers of new blocks with free inodes; recovery does so by itself."""
     geo = tp.vol.geo
     gen = _generations.getrandbits(32)
     for at in range(agbno, agbno + blocks, geo.cluster_blocks):
@@ -285,7 +286,8 @@ async def _init_clusters(tp: Transaction, agno: int, agbno: int, blocks: int) ->
         buf = await tp.get(geo.agb_to_daddr(agno, at), bbs, inode.INODE_OPS)
         count = geo.cluster_bytes >> geo.inode_log
         inode.init_chunk(geo, buf.mem, buf.addr, count, geo.ino(agno, at << geo.inopblog), gen)
-        tp.log(buf)
+        tp.order(buf)
+    tp.log_also(formats.create(geo, agno, agbno, blocks, gen))
 
 
 async def _insert(tp: Transaction, agno: int, agi: Buf, new: Chunk) -> None:
@@ -379,7 +381,7 @@ async def _drop_chunk(tp: Transaction, agno: int, agi: Buf, old: Chunk, new: Chu
     header["count"] -= new.count
     header["freecount"] -= new.freecount
     tp.log(agi)
-    tp.vol.inodes.drop_chunk(geo.ino(agno, old.startino), RECORD_INODES)
+    tp.forget_inodes(geo.ino(agno, old.startino), RECORD_INODES)
     for agbno, blocks in pieces(geo, old):
         for at in range(agbno, agbno + blocks, geo.cluster_blocks):
             bbs = geo.cluster_bytes >> L.BB_LOG

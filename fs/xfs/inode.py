@@ -54,6 +54,7 @@ BIG_NEXTENTS, ATIME, MTIME, CTIME = map(_off, ("big_nextents", "atime", "mtime",
 SIZE, NBLOCKS, EXTSIZE, NEXTENTS = map(_off, ("size", "nblocks", "extsize", "nextents"))
 ANEXTENTS, FORKOFF, AFORMAT = map(_off, ("anextents", "forkoff", "aformat"))
 FLAGS, GEN, NEXT_UNLINKED, CRC = map(_off, ("flags", "gen", "next_unlinked", "crc"))
+LSN = _off("lsn")
 CHANGECOUNT, FLAGS2, COWEXTSIZE = map(_off, ("changecount", "flags2", "cowextsize"))
 CRTIME, INO, UUID = map(_off, ("crtime", "ino", "uuid"))
 FLAGS2_BIGTIME, FLAGS2_NREXT64 = L.DIFLAG2_BIGTIME, L.DIFLAG2_NREXT64
@@ -573,9 +574,10 @@ def is_device(record):
 def pack_core(mem, addr, table, i, uuid, limits):
     """Store record i of the table into the inode image at mem[addr:] and stamp its CRC.
 
-    Neither the literal area (but for rdev), nor next_unlinked, nor lsn are touched.
+    Neither the literal area (but for rdev) nor next_unlinked are touched.
     """
     put_core(mem, addr, table, i, uuid, limits)
+    put64(mem, addr + LSN, np.uint64(table[i].lsn))
     if is_device(table[i]):
         put32(mem, addr + LITERAL, np.int64(table[i].rdev))
     crc_stamp(mem, addr, limits[X.INODE_SIZE], CRC)
@@ -590,7 +592,7 @@ def unpack(geo: Geometry, mem: Any, addr: int, table: Any, i: int, image: Any, a
 def pack(geo: Geometry, table: Any, i: int, image: Any, at: int, mem: Any, addr: int) -> None:
     """Put an inode into its cluster at mem[addr:]: forks from image[at:], then the core, CRC.
 
-    The cluster keeps its next_unlinked and lsn.
+    The cluster keeps its next_unlinked.
     """
     end = geo.inode_size
     mem[addr + LITERAL : addr + end] = image[at + LITERAL : at + end]

@@ -20,6 +20,7 @@ import numpy as np
 from alloc.atomic import count_trailing_zeros
 from alloc.jit import helper, kernel
 from alloc.libc import memcpy
+from fs.cache import inodetable as table
 from fs.cache import resident as R
 from fs.cache.incore import S_VALID
 from fs.cache.resident import (
@@ -33,6 +34,7 @@ from fs.cache.resident import (
     sample,
 )
 from fs.cache.thread import chain_find
+from fs.log import ail
 from fs.xfs import btblock as bt
 from fs.xfs import inode
 from fs.xfs import layout as L
@@ -437,26 +439,51 @@ def free_inode(r, i):
 # -- to the clusters --------------------------------------------------------------------------
 
 
-@kernel(lambda: (sample(), 1))
-def flush(r, most):
-    """Copy up to `most` dirty inodes into their clusters, those that are dirty longest first.
+@helper
+def _may_go(r, i, most):
+    """Is all of a dirty inode in the log, by a checkpoint up to `most`, and nobody at it?"""
+    if r.inodes["ilock"][i] != 0 or r.inodes["held"][i] > most:
+        return False
+    return not ail.is_pinned(r.held, r.inodes["seq"][i])
 
-    Returns the handle of one whose cluster has to be read first, else 0.
-    """
+
+@helper
+def _deliver(r, i, cluster, image):
     size = np.int64(1) << r.shape[R.G_INODE_LOG]
-    for _ in range(most):
+    forks = T.image_of(r, i) + L.LITERAL
+    memcpy(r.mem, image + L.LITERAL, r.mem, forks, size - L.LITERAL)
+    inode.pack_core(r.mem, image, r.inodes, i, r.uuid, r.limits)
+    R.deliver(r, i, cluster)
+
+
+@kernel(lambda: (sample(), 1, 1))
+def flush(r, looks, most):
+    """Copy dirty inodes into their clusters, those that are dirty longest first.
+
+    Looks at `looks` of them, and passes by those that may not go or hold a checkpoint behind
+    `most`. Returns the handle of one whose cluster has to be read first, else 0.
+    """
+    for _ in range(looks):
         i = R.first_dirty(r)
         if i == 0:
             break
+        if not _may_go(r, i, most):
+            clean_inode(r, i)
+            table.mark_dirty(r.inodes, r.inode_head, i)  # the last one now
+            continue
         ino = np.int64(r.inodes["ino"][i])
         agno = ino >> r.shape[R.G_AGINO_LOG]
         agino = ino & ((np.int64(1) << r.shape[R.G_AGINO_LOG]) - 1)
         cluster, image = find_cluster(r, agno, agino)
         if cluster == 0:
             return i
-        clean_inode(r, i)
-        forks = T.image_of(r, i) + L.LITERAL
-        memcpy(r.mem, image + L.LITERAL, r.mem, forks, size - L.LITERAL)
-        inode.pack_core(r.mem, image, r.inodes, i, r.uuid, r.limits)
-        log_buf(r, cluster)
+        _deliver(r, i, cluster, image)
     return np.int64(0)
+
+
+@kernel(lambda: (sample(), 1, 1, 1))
+def flush_one(r, i, cluster, image):
+    """The same for an inode whose cluster had to be read; it may have changed since."""
+    if _may_go(r, i, ail.EVERYTHING):
+        _deliver(r, i, cluster, image)
+

@@ -19,7 +19,7 @@ import numpy as np
 
 from fs.cache.buf import Buf, BufOps
 from fs.errors import Corrupt
-from fs.xfs import attrblock, bmap
+from fs.xfs import bmap
 from fs.xfs import layout as L
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ async def inactivate(vol: Volume, ip: Inode) -> None:
         end = await bmap.last_offset(tp, ip)
         for found in await bmap.read(tp, ip, 0, end):
             if found.fsbno != bmap.HOLE:
-                attrblock.forget(tp, found.fsbno, found.count)
+                tp.forget(vol.geo.fsb_to_daddr(found.fsbno), found.count << vol.geo.block_log)
         while not await bmap.unmap(tp, ip, 0, end):
             pass
         ip.size = ip.disk_size = 0

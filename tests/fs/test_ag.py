@@ -194,7 +194,7 @@ def test_extent_tree_blocks(sample: tuple[Path, Geometry]) -> None:
 
 async def test_the_free_list_is_a_ring(tmp_path: Path) -> None:
     path = image(tmp_path, "default")
-    async with opened(path) as vol, vol.transaction("test") as tp:
+    async with opened(path) as vol, vol.transaction("truncate") as tp:
         await tp.lock_space()
         agf = await ag.read_agf(tp, 1)
         slots = ag.agfl_slots(vol.geo)
@@ -217,7 +217,7 @@ async def test_a_full_ring_is_corruption(tmp_path: Path, allow_logs: AllowLogs) 
     allow_logs("free list is full|xfs_trans_cancel|Shutting down|after a shutdown")
     async with opened(image(tmp_path, "default")) as vol:
         with pytest.raises(Corrupt, match="full"):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await tp.lock_space()
                 agf = await ag.read_agf(tp, 1)
                 for _ in range(200):

@@ -66,7 +66,7 @@ async def file_of(vol: Volume, index: int = 0) -> AsyncIterator[Inode]:
 
 @asynccontextmanager
 async def change(vol: Volume, ip: Inode, blocks: int = 200) -> AsyncIterator[Transaction]:
-    async with vol.transaction("test", blocks) as tp:
+    async with vol.transaction("truncate", blocks) as tp:
         await tp.lock_inodes(ip)
         yield tp
 

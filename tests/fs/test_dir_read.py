@@ -88,13 +88,13 @@ async def test_reading_goes_on_behind_a_name_that_went(scratch: Path) -> None:
         whole = await listed(vol, dp, 1000)
         for at in (3, 100, 400):
             cookie = whole[at - 1].next_cookie
-            async with vol.transaction("test", 50) as tp:
+            async with vol.transaction("truncate", 50) as tp:
                 await tp.lock_inodes(dp)
                 await directory.remove(tp, dp, whole[at].name, whole[at].ino)
             async with vol.reader(dp) as tp:
                 rest = await directory.read(tp, dp, cookie, 1000)
             assert [e.name for e in rest] == [e.name for e in whole[at + 1 :]]
-            async with vol.transaction("test", 50) as tp:
+            async with vol.transaction("truncate", 50) as tp:
                 await tp.lock_inodes(dp)
                 await directory.add(tp, dp, whole[at].name, whole[at].ino, 1)
             whole = await listed(vol, dp, 1000)

@@ -299,10 +299,10 @@ async def test_space_that_runs_out_is_taken_from_there(scratch: Path) -> None:
         await grow(vol, a, 9 * MIB, MIB)
         assert await past_end(vol, a) > 0
         short = vol.space.available + 10
-        async with vol.transaction("test", short):
+        async with vol.transaction("truncate", short):
             assert await past_end_unlocked(vol, a) == 0
         with pytest.raises(OSError, check=lambda e: e.errno == errno.ENOSPC):
-            async with vol.transaction("test", vol.geo.dblocks):
+            async with vol.transaction("truncate", vol.geo.dblocks):
                 pass
         vol.eofblocks.closed(a)
     support.assert_clean(image)

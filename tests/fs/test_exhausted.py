@@ -174,7 +174,7 @@ async def test_more_inode_clusters_than_the_reserve_holds(
         vol.inodes.put(root)
         await vol.flush_metadata()
         for ip in spread:
-            async with vol.transaction("touch") as tp:
+            async with vol.transaction("setattr") as tp:
                 await tp.lock_inodes(ip)
                 ip.mtime += 1
                 tp.log_inode(ip)

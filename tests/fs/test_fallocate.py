@@ -332,7 +332,7 @@ async def test_each_call_does_what_the_kernels_does(scratch: Path, args: tuple[s
 async def test_set_id_bits_and_stamps(scratch: Path) -> None:
     async with opened(support.mkfs(scratch)) as vol, a_file(vol) as ip:
         for kill, mode in ((False, 0o106755), (True, 0o100755)):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await tp.lock_inodes(ip)
                 ip.mode = 0o106755
                 tp.log_inode(ip)
@@ -414,7 +414,7 @@ async def test_more_extents_leave_write_back_the_room_it_was_promised(scratch: P
 async def test_extent_size_hint(scratch: Path) -> None:
     image = support.mkfs(scratch)
     async with opened(image) as vol, a_file(vol) as ip:
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await tp.lock_inodes(ip)
             ip.flags |= L.DIFLAG_EXTSIZE
             ip.extsize = 16

@@ -123,7 +123,7 @@ async def churn(vol: Volume, model: Model, rng: random.Random, steps: int) -> No
     geo = vol.geo
     unit = max(1, 8192 // geo.block_size)
     for _ in range(steps):
-        async with vol.transaction("test", 200 * unit) as tp:
+        async with vol.transaction("truncate", 200 * unit) as tp:
             for _ in range(rng.randrange(1, 4)):
                 if model.extents and rng.random() < 0.48:
                     i = rng.randrange(len(model.extents))
@@ -150,7 +150,7 @@ async def test_random_churn_and_back(tmp_path: Path, name: str) -> None:
         assert vol.ags.free == vol.space.free
         rng.shuffle(model.extents)
         while model.extents:
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await model.free(tp, len(model.extents) - 1)
         assert vol.space.free == free
         after = await all_free(vol)
@@ -196,11 +196,11 @@ async def test_fragmenting_makes_deep_trees(
         geo, model = vol.geo, Model(vol)
         home = geo.fsb(0, geo.ag_length(0) // 2)
         for _ in range(extents):
-            async with vol.transaction("test", 3000) as tp:
+            async with vol.transaction("truncate", 3000) as tp:
                 await model.alloc(tp, near=home, minlen=2500, maxlen=2500)
         pieces = [(f + i, o + i) for f, n, o in model.extents for i in range(n)]
         for at in range(0, len(pieces), 400):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 for fsbno, offset in pieces[at : at + 400 : 2]:
                     await freespace.free(tp, fsbno, 1, model.owner(offset))
         agf_levels = []
@@ -215,7 +215,7 @@ async def test_fragmenting_makes_deep_trees(
         rest = pieces[1::2]
         random.Random(2).shuffle(rest)
         for at in range(0, len(rest), 500):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 for fsbno, offset in rest[at : at + 500]:
                     await freespace.free(tp, fsbno, 1, model.owner(offset))
     checker = assert_sound(path)
@@ -230,12 +230,12 @@ async def test_enospc_is_exact_and_clean(tmp_path: Path, name: str) -> None:
         model = Model(vol)
         while vol.ags.free > vol.ags.unavailable:
             n = min(vol.space.unpromised, 20000)
-            async with vol.transaction("test", n, from_pool=True) as tp:
+            async with vol.transaction("truncate", n, from_pool=True) as tp:
                 await model.alloc(tp, minlen=1, maxlen=tp.blocks)
         assert vol.ags.free == vol.ags.unavailable
         before = await all_free(vol)
         for wish in ({"minlen": 1, "maxlen": 1}, {"minlen": 1, "maxlen": 99, "near": 4}):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 with pytest.raises(OSError, match="no free extent") as caught:
                     await model.alloc(tp, **wish)
                 assert caught.value.errno == errno.ENOSPC
@@ -243,7 +243,7 @@ async def test_enospc_is_exact_and_clean(tmp_path: Path, name: str) -> None:
         assert await all_free(vol) == before
         random.Random(1).shuffle(model.extents)
         while model.extents:
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await model.free(tp, len(model.extents) - 1)
     assert_sound(path)
 
@@ -254,12 +254,12 @@ async def test_large_requests_get_large_extents(tmp_path: Path) -> None:
         model, near, pieces = Model(vol), vol.geo.fsb(1, 100), []
         wanted = 40000
         while wanted:
-            async with vol.transaction("test", wanted) as tp:
+            async with vol.transaction("truncate", wanted) as tp:
                 fsbno, n = await model.alloc(tp, near=near, minlen=1, maxlen=wanted)
                 near, wanted = fsbno + n, wanted - n
                 pieces.append(n)
         assert len(pieces) <= vol.geo.agcount
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             while model.extents:
                 await model.free(tp, 0)
     assert_sound(path)
@@ -270,7 +270,7 @@ async def test_policies(tmp_path: Path) -> None:
     async with opened(path) as vol:
         geo, model = vol.geo, Model(vol)
         near = geo.fsb(1, 9000)  # far from anything
-        async with vol.transaction("test", 500) as tp:
+        async with vol.transaction("truncate", 500) as tp:
             assert await model.alloc(tp, near=near, minlen=1, maxlen=8) == (near, 8)
             assert await model.alloc(tp, near=near + 8, minlen=1, maxlen=8) == (near + 8, 8)
             # taken already: the nearest blocks behind
@@ -305,7 +305,7 @@ async def test_policies(tmp_path: Path) -> None:
 
 async def test_refilling_the_free_list_spares_what_was_chosen(tmp_path: Path) -> None:
     path = image(tmp_path, "default")
-    async with opened(path) as vol, vol.transaction("test", 100) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 100) as tp:
         model, hole = Model(vol), vol.geo.fsb(1, 9000)
         await model.alloc(tp, near=hole, minlen=40, maxlen=40)
         await model.free(tp, 0, 10, 4)  # now the smallest free extent of the AG
@@ -329,10 +329,10 @@ async def test_double_free_is_refused(tmp_path: Path, allow_logs: AllowLogs) -> 
         allow_logs("corrupt|Shutting down|xfs_repair")
         start, n = (await free_extents(vol, 1))[0]
         with pytest.raises(Corrupt, match="free already"):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await freespace.free(tp, vol.geo.fsb(1, start + n // 2), 1, None)
         with pytest.raises(Corrupt, match="outside any AG"):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await freespace.free(tp, vol.geo.fsb(1, 0), 1, None)
 
 

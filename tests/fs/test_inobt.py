@@ -168,7 +168,7 @@ async def make(vol: Volume, parent: int, *, is_dir: bool = False, blocks: int = 
 
 async def drop(vol: Volume, ip: Inode) -> None:
     """Free the inode and let go of it."""
-    async with vol.transaction("ifree", inobt.free_blocks(vol.geo), from_pool=True) as tp:
+    async with vol.transaction("inactive", inobt.free_blocks(vol.geo), from_pool=True) as tp:
         await unlinked.remove(tp, ip)
         await inobt.free(tp, ip)
     vol.inodes.put(ip)
@@ -339,12 +339,12 @@ async def crumble(vol: Volume) -> list[tuple[int, int]]:
     owner = Owner(OWN_UNKNOWN)
     while most := min(4096, vol.space.unpromised):
         try:
-            async with vol.transaction("test", most, from_pool=True) as tp:
+            async with vol.transaction("truncate", most, from_pool=True) as tp:
                 got = await freespace.alloc(tp, minlen=1, maxlen=most, owner=owner, metadata=True)
                 held.append(got)
         except OSError:
             break
-    async with vol.transaction("test", 0) as tp:
+    async with vol.transaction("truncate", 0) as tp:
         for fsbno, count in list(held):
             if geo.agno_of(fsbno) != 0:
                 continue
@@ -356,7 +356,7 @@ async def crumble(vol: Volume) -> list[tuple[int, int]]:
                 await freespace.free(tp, geo.fsb(0, block), half, owner)
                 at = geo.fsb(0, block + half)
             held.append((at, fsbno + count - at))
-    async with vol.transaction("test", 2000) as tp:  # what the AG had kept for its trees
+    async with vol.transaction("truncate", 2000) as tp:  # what the AG had kept for its trees
         with suppress(OSError):
             while True:
                 near = geo.fsb(0, chunk)
@@ -374,7 +374,7 @@ async def crumble(vol: Volume) -> list[tuple[int, int]]:
 
 
 async def release(vol: Volume, held: list[tuple[int, int]]) -> None:
-    async with vol.transaction("test", 0) as tp:
+    async with vol.transaction("truncate", 0) as tp:
         for fsbno, count in held:
             await freespace.free(tp, fsbno, count, Owner(OWN_UNKNOWN))
 
@@ -384,11 +384,11 @@ async def test_free_twice_is_corruption(tmp_path: Path, allow_logs: Any) -> None
     path = support.mkfs(tmp_path)
     async with opened(path) as vol:
         ip = await make(vol, vol.geo.root_ino)
-        async with vol.transaction("ifree", 10) as tp:
+        async with vol.transaction("inactive", 10) as tp:
             await unlinked.remove(tp, ip)
             await inobt.free(tp, ip)
         with pytest.raises(Corrupt, match="not allocated"):
-            async with vol.transaction("ifree", 10) as tp:
+            async with vol.transaction("inactive", 10) as tp:
                 await inobt.free(tp, ip)
         assert not vol.shut_down
     support.assert_clean(path)

@@ -82,7 +82,7 @@ async def test_kernel_made_trees(scratch: Path, rmapbt: int) -> None:
         model, rng = Model(vol), random.Random(rmapbt)
         await churn(vol, model, rng, 300)
         while model.extents:
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await model.free(tp, rng.randrange(len(model.extents)))
     assert ImageChecker(path).check() == []
     assert_clean(path)

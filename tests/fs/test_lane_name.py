@@ -261,7 +261,7 @@ async def test_a_removed_name_is_not_found(scratch: Path) -> None:
 async def test_a_busy_inode_is_left_to_the_slow_path(scratch: Path) -> None:
     async with ready(support.mkfs(scratch)) as (vol, desk, dp, inos):
         ip = await vol.inodes.get(inos[b"dir"])
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await tp.lock_inodes(ip)
             assert ask(desk, wire.GETATTR, ip.ino, bytes(16))[0] == S.PARK
             assert ask(desk, wire.STATX, ip.ino, bytes(24))[0] == S.PARK, "pyfuse3 has no STATX"
@@ -317,7 +317,7 @@ async def test_absent_attributes(scratch: Path) -> None:
         ip.anextents = 1
         assert ask(desk, wire.GETXATTR, ip.ino, question)[0] == S.FORWARD
         ip.anextents = 0
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await tp.lock_inodes(ip)
             assert ask(desk, wire.GETXATTR, ip.ino, question)[0] == S.FORWARD, "may be changing"
         ip.forkoff = 0

@@ -174,7 +174,7 @@ async def test_a_transaction_without_its_scope_is_caught(
             await vol.flusher.clean(ip.handle)
         assert dep.reports == []
         monkeypatch.setattr("fs.log.transaction.gfp.nofs", lambda: gfp.Scope(0))
-        async with vol.transaction("careless") as tp:
+        async with vol.transaction("setattr") as tp:
             await tp.lock_inodes(ip)
             vol.arena.put_folio(await vol.arena.alloc_folio(0))
         assert vol.arena.vmstat["alloc_waits"] == 0, "there was memory all the time"
@@ -192,7 +192,7 @@ async def test_locks_turned_around_are_caught(
     allow_logs("possible (circular|recursive) locking")
     async with opened(image) as vol, a_file(vol, b"a") as a, a_file(vol, b"b") as b:
         assert a.ino < b.ino
-        async with vol.transaction("first") as tp:
+        async with vol.transaction("setattr") as tp:
             await tp.lock_inodes(b, a)  # one call: it sorts
             await tp.lock_space()
         async with vol.iolock(a), vol.iolock(b):

@@ -447,13 +447,13 @@ async def test_a_name_of_a_free_inode_is_corruption(image: Path, allow_logs: All
     async with opened(image) as vol, using(vol) as root:
         ip = await namespace.create(vol, root, b"f", 0o644, 0, 0)
         free_ino = ip.ino + 5
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await tp.lock_inodes(root)
             await directory.replace(tp, root, b"f", free_ino, L.FT_REG)
             vol.dentries.forget(root, b"f")
         with pytest.raises(Corrupt):
             await namespace.lookup(vol, root, b"f")
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await tp.lock_inodes(root)
             await directory.replace(tp, root, b"f", ip.ino, L.FT_REG)
             vol.dentries.forget(root, b"f")

@@ -40,7 +40,7 @@ async def volume(scratch: Path, args: tuple[str, ...]) -> AsyncIterator[tuple[Vo
     image = support.mkfs(scratch, *args)
     async with opened(image) as vol:
         async with a_file(vol) as ip:
-            async with vol.transaction("test", 100) as tp:
+            async with vol.transaction("truncate", 100) as tp:
                 await tp.lock_inodes(ip)
                 found = await bmap.alloc(tp, ip, 0, BLOCKS, contiguous=True)
                 ip.size = ip.disk_size = BLOCKS * vol.geo.block_size
@@ -50,13 +50,13 @@ async def volume(scratch: Path, args: tuple[str, ...]) -> AsyncIterator[tuple[Vo
 
 
 async def detach(vol: Volume, ip: Inode, mapping: Mapping) -> None:
-    async with vol.transaction("test", 10) as tp:
+    async with vol.transaction("truncate", 10) as tp:
         await tp.lock_inodes(ip)
         await bmap.detach(tp, ip, mapping)
 
 
 async def blocks_for_a_copy(vol: Volume, owner: Owner | None) -> int:
-    async with vol.transaction("test", 10) as tp:
+    async with vol.transaction("truncate", 10) as tp:
         return (await freespace.alloc(tp, minlen=4, maxlen=4, owner=owner))[0]
 
 
@@ -69,7 +69,7 @@ async def test_blocks_to_be_freed(args: tuple[str, ...], scratch: Path) -> None:
         await recovery.finish(vol, [Work(intents.FREE, 0, first + 4, 4, 0, 0, 0)])
         assert vol.space.free == free + 4
         await detach(vol, ip, Mapping(8, first + 8, 4))
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await rmap.unmap(tp, first + 8, 4, Owner(ip.ino, 8))
         await recovery.finish(vol, [Work(intents.FREE, 0, first + 8, 4, 0, 0, 0)])
         assert vol.space.free == free + 8
@@ -99,7 +99,7 @@ async def test_a_mapping_less(args: tuple[str, ...], scratch: Path) -> None:
 @shared
 async def test_a_mapping_more(args: tuple[str, ...], scratch: Path) -> None:
     async with volume(scratch, args) as (vol, ip, first), a_file(vol, b"clone") as clone:
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await tp.lock_inodes(ip, clone)
             for one in (ip, clone):
                 one.flags2 |= L.DIFLAG2_REFLINK
@@ -128,12 +128,12 @@ async def test_blocks_for_copies(args: tuple[str, ...], scratch: Path) -> None:
         await recovery.finish(vol, work)
         assert vol.space.free == free
         first = await blocks_for_a_copy(vol, COW)
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await refcount.stage(tp, first, 4)
         await recovery.finish(vol, [])
         assert vol.space.free == free
         first = await blocks_for_a_copy(vol, COW)
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             await refcount.stage(tp, first, 4)
         drop, action = intents.FREE_COW, intents.R_FREE
         work = [
@@ -148,7 +148,7 @@ async def test_blocks_for_copies(args: tuple[str, ...], scratch: Path) -> None:
 async def test_what_became_written(scratch: Path) -> None:
     async with volume(scratch, ARGS["rmapbt"]) as (vol, ip, first):
         await detach(vol, ip, Mapping(4, first + 4, 4))
-        async with vol.transaction("test", 10) as tp:
+        async with vol.transaction("truncate", 10) as tp:
             await tp.lock_inodes(ip)
             await bmap.insert(tp, ip, Mapping(4, first + 4, 4, True))
         action = intents.R_CONVERT

@@ -90,7 +90,7 @@ class Files:
         _, first, n = rng.choice(self.maps)
         at = rng.randrange(n)
         n = rng.randrange(1, n - at + 1)
-        async with self.vol.transaction("test", 64) as tp:
+        async with self.vol.transaction("truncate", 64) as tp:
             await refcount.increase(tp, self.base + first + at, n)
             await rmap.map(tp, self.base + first + at, n, self.owner(ino, first + at))
         self.maps.append((ino, first + at, n))
@@ -100,7 +100,7 @@ class Files:
         ino, first, n = self.maps.pop(rng.randrange(len(self.maps)))
         at = 0 if whole else rng.choice((0, rng.randrange(n)))
         m = n if whole else rng.randrange(1, n - at + 1)
-        async with self.vol.transaction("test", 64) as tp:
+        async with self.vol.transaction("truncate", 64) as tp:
             owner = self.owner(ino, first + at)
             await refcount.decrease(tp, self.base + first + at, m, owner)
         if at:
@@ -114,7 +114,7 @@ async def test_clones_come_and_go(tmp_path: Path, name: str) -> None:
     path = image(tmp_path, name)
     async with opened(path) as vol:
         free, rng = vol.space.free, random.Random(name)
-        async with vol.transaction("test", 3000) as tp:
+        async with vol.transaction("truncate", 3000) as tp:
             base, n = await freespace.alloc(
                 tp, near=vol.geo.fsb(1, 5000), minlen=2000, maxlen=2000, owner=Owner(200, 1000)
             )
@@ -144,7 +144,7 @@ async def test_clones_come_and_go(tmp_path: Path, name: str) -> None:
 async def test_find_shared(tmp_path: Path) -> None:
     path = image(tmp_path, "rmap")
     async with opened(path) as vol:
-        async with vol.transaction("test", 200) as tp:
+        async with vol.transaction("truncate", 200) as tp:
             base, _ = await freespace.alloc(
                 tp, near=vol.geo.fsb(1, 5000), minlen=100, maxlen=100, owner=Owner(200, 0)
             )
@@ -168,7 +168,7 @@ async def test_staging_records_are_left_alone(tmp_path: Path) -> None:
     path = image(tmp_path, "default")
     async with opened(path) as vol:
         staging = (1 << 31 | 7000, 8, 1)
-        async with vol.transaction("test", 300) as tp:
+        async with vol.transaction("truncate", 300) as tp:
             agf = await freespace.prepare(tp, 1)
             await Cursor(refcount_root(tp, 1, agf)).insert(staging)
             base, _ = await freespace.alloc(
@@ -179,7 +179,7 @@ async def test_staging_records_are_left_alone(tmp_path: Path) -> None:
             await refcount.decrease(tp, base, 100, Owner(200, 0))
             await refcount.decrease(tp, base, 100, Owner(200, 0))
         assert await tree(vol, 1) == [staging]
-        async with vol.transaction("test") as tp:
+        async with vol.transaction("truncate") as tp:
             cur = Cursor(refcount_root(tp, 1, await freespace.prepare(tp, 1)))
             assert await cur.lookup_eq(staging[0])
             await cur.delete()

@@ -41,7 +41,7 @@ async def blocks(tp: Transaction, owner: Owner | None) -> int:
 async def test_pieces_become_one_record_and_fall_apart(tmp_path: Path) -> None:
     path = image(tmp_path, "rmap")
     rng = random.Random(3)
-    async with opened(path) as vol, vol.transaction("test", 200) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 200) as tp:
         base = await blocks(tp, None)
         pieces = [(at, 4) for at in range(0, N, 4)]
         rng.shuffle(pieces)
@@ -81,7 +81,7 @@ async def test_pieces_become_one_record_and_fall_apart(tmp_path: Path) -> None:
 )
 async def test_strangers_are_not_merged(tmp_path: Path, left: Owner, right: Owner) -> None:
     path = image(tmp_path, "rmap")
-    async with opened(path) as vol, vol.transaction("test", 200) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 200) as tp:
         base = await blocks(tp, None)
         await rmap.map(tp, base, 4, left)
         await rmap.map(tp, base + 4, 4, right)
@@ -95,7 +95,7 @@ async def test_strangers_are_not_merged(tmp_path: Path, left: Owner, right: Owne
 
 async def test_owners_without_offsets_are_merged(tmp_path: Path) -> None:
     path = image(tmp_path, "1k rmap")
-    async with opened(path) as vol, vol.transaction("test", 200) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 200) as tp:
         base = await blocks(tp, None)
         for owner in (Owner(OWN_INODES), Owner(200, bmbt=True), Owner(200, attr=True, bmbt=True)):
             await rmap.map(tp, base + 8, 8, owner)
@@ -113,7 +113,7 @@ async def test_owners_without_offsets_are_merged(tmp_path: Path) -> None:
 async def test_shared_blocks_have_a_record_each(tmp_path: Path) -> None:
     """Neighbours are found although other files' records lie between them in the order."""
     path = image(tmp_path, "rmap")
-    async with opened(path) as vol, vol.transaction("test", 200) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 200) as tp:
         base = await blocks(tp, Owner(200, 0))
         for ino in range(300, 306):
             await rmap.map(tp, base + 10, 10, Owner(ino, 70))
@@ -138,19 +138,19 @@ async def test_thousands_of_records(tmp_path: Path) -> None:
     """Every second block belongs to another file: a tree of several levels, and back."""
     path = image(tmp_path, "1k rmap")
     async with opened(path) as vol:
-        async with vol.transaction("test", 4000) as tp:
+        async with vol.transaction("truncate", 4000) as tp:
             near = vol.geo.fsb(1, 3000)
             base, _ = await freespace.alloc(tp, near=near, minlen=3000, maxlen=3000, owner=None)
         order = list(range(3000))
         random.Random(6).shuffle(order)
         for first in range(0, 3000, 500):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 for at in order[first : first + 500]:
                     await rmap.map(tp, base + at, 1, Owner(200 + at % 2, at))
     assert ImageChecker(path).check() == []
     async with opened(path) as vol:
         for first in range(0, 3000, 500):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 for at in order[first : first + 500]:
                     await freespace.free(tp, base + at, 1, Owner(200 + at % 2, at))
     checker = assert_sound(path)
@@ -160,7 +160,7 @@ async def test_thousands_of_records(tmp_path: Path) -> None:
 async def test_unknown_mapping_is_corruption(tmp_path: Path, allow_logs: AllowLogs) -> None:
     allow_logs("corrupt rmapbt")
     path = image(tmp_path, "rmap")
-    async with opened(path) as vol, vol.transaction("test", 100) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 100) as tp:
         base = await blocks(tp, Owner(200, 0))
         for owner in (Owner(201, 0), Owner(200, 1), Owner(200, 0, attr=True)):
             with pytest.raises(Corrupt, match="no record of owner"):
@@ -170,7 +170,7 @@ async def test_unknown_mapping_is_corruption(tmp_path: Path, allow_logs: AllowLo
 
 async def test_nothing_happens_without_the_feature(tmp_path: Path) -> None:
     path = image(tmp_path, "default")
-    async with opened(path) as vol, vol.transaction("test", 10) as tp:
+    async with opened(path) as vol, vol.transaction("truncate", 10) as tp:
         await rmap.map(tp, 5000, 1, Owner(200, 0))
         await rmap.unmap(tp, 5000, 1, Owner(200, 0))
         await rmap.convert(tp, 5000, 1, Owner(200, 0))

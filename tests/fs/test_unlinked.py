@@ -65,7 +65,7 @@ async def test_pack_keeps_the_link(tmp_path: Path) -> None:
     async with opened(path) as vol:
         made = [await make(vol, vol.geo.root_ino) for _ in range(200)]
         for ip in made:
-            async with vol.transaction("touch") as tp:
+            async with vol.transaction("setattr") as tp:
                 await tp.lock_inodes(ip)
                 ip.mtime = 7 * 10**18
                 tp.log_inode(ip)
@@ -83,19 +83,19 @@ async def test_faults(tmp_path: Path, allow_logs: Any) -> None:
     async with opened(path) as vol:
         ip = await make(vol, vol.geo.root_ino)
         with pytest.raises(Corrupt, match="on it already"):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await unlinked.insert(tp, ip)
         await drop_list(vol, ip)
         with pytest.raises(Corrupt, match="not on it"):
-            async with vol.transaction("test") as tp:
+            async with vol.transaction("truncate") as tp:
                 await unlinked.remove(tp, ip)
         assert not vol.shut_down
-        async with vol.transaction("test", inobt.free_blocks(vol.geo)) as tp:
+        async with vol.transaction("truncate", inobt.free_blocks(vol.geo)) as tp:
             await inobt.free(tp, ip)
         vol.inodes.put(ip)
     support.assert_clean(path)
 
 
 async def drop_list(vol: Volume, ip: Inode) -> None:
-    async with vol.transaction("test") as tp:
+    async with vol.transaction("truncate") as tp:
         await unlinked.remove(tp, ip)
