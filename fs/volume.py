@@ -38,8 +38,7 @@ from fs.errors import Corrupt, ShutDown, UserError
 from fs.inodegc import InodeGc
 from fs.log import head, iclog
 from fs.log.ail import EVERYTHING
-from fs.log.changes import BUFFER, POINTERS, Changes
-from fs.log.grant import LOG_SPACE, Ticket
+from fs.log.grant import LOG_SPACE, Overrun, Ticket
 from fs.log.log import Log
 from fs.log.region import Region
 from fs.log.transaction import Transaction
@@ -392,23 +391,14 @@ class Volume:
 
     def commit_now(self, ticket: Ticket, *, done: bool) -> None:
         """The end of a transaction that waited for nothing: a kernel noted what it changed."""
-        changes = self._touched()
-        assert done or not changes
-        if changes:
-            self.xlog.commit_now(changes, ticket)
+        touched = self.resident.bufs_touched[0] + self.resident.inodes_touched[0]
+        assert done or not touched
+        if touched:
+            try:
+                self.xlog.commit_now(self.resident, ticket)
+            except Overrun as error:
+                self.shutdown(str(error))
         ticket.release()
-
-    def _touched(self) -> Changes:
-        """What kernels changed since the last call."""
-        changes, r = Changes(), self.resident
-        cluster = int(r.shape[resident.G_OPS + resident.K_CLUSTER])
-        for handle in r.bufs_touched[1 : 1 + r.bufs_touched[0]].tolist():
-            is_cluster = self.bufs.table["ops"][handle] == cluster
-            changes.bufs[handle] = POINTERS if is_cluster else BUFFER
-        for handle in r.inodes_touched[1 : 1 + r.inodes_touched[0]].tolist():
-            changes.inodes[handle] = None
-        r.bufs_touched[0] = r.inodes_touched[0] = 0
-        return changes
 
     def _metadata_is_crowding(self) -> bool:
         dirty = self.bufs.dirty_bytes + self.inodes.dirty_count * DIRTY_INODE_BYTES

@@ -31,6 +31,7 @@ from fs.xfs import layout as L
 
 if TYPE_CHECKING:
     from fs.cache.inode import Inode
+    from fs.cache.resident import Resident
     from fs.log.changes import Changes
     from fs.log.grant import Ticket
     from fs.log.head import Ends
@@ -91,9 +92,9 @@ class Log:
         await self.cil.commit(changes, ticket)
         self._grown()
 
-    def commit_now(self, changes: Changes, ticket: Ticket) -> None:
-        """The same for a transaction that waits for nothing. A ticket always has enough for it."""
-        self.cil.commit_now(changes, ticket)
+    def commit_now(self, touched: Resident, ticket: Ticket) -> None:
+        """The same for a transaction that waited for nothing and left its changes on lists."""
+        self.cil.commit_now(touched.bufs_touched, touched.inodes_touched, ticket)
         self._grown()
 
     def _grown(self) -> None:
