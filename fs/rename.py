@@ -269,6 +269,16 @@ async def _exchange(tp: Transaction, move: Move) -> None:
             await directory.replace(tp, ip, directory.DOTDOT, dp.ino, L.FT_DIR)
             links.add_link(tp, dp)
             await links.drop_link(tp, parent)
-        links.touch(tp, ip, modified=False)
         tp.vol.dentries.insert(dp, name, ip.ino, ftype)
+    if move.across:
+        _touch_moved(tp, source, target)
     links.touch(tp, *{odp, ndp})
+
+
+def _touch_moved(tp: Transaction, source: Inode, target: Inode) -> None:
+    """Stamps of what changed places, as XFS sets them: a directory's, and its counterpart's."""
+    for ip, other in ((source, target), (target, source)):
+        if stat.S_ISDIR(ip.mode):
+            links.touch(tp, ip)
+        elif stat.S_ISDIR(other.mode):
+            links.touch(tp, ip, modified=False)

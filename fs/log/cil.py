@@ -7,12 +7,13 @@ for vectors is taken before that; afterwards nothing waits and nothing allocates
 
 Items of a buffer: all of it; of an inode cluster only the unlinked pointers, or nothing at all if
 it was just made (ICREATE says what recovery needs, the item only keeps the log until the cluster is
-at home). A block that was freed has an item that cancels what the log says about it; if it is used
-again in the same shape in the same context, the new buffer's item takes the place of that one.
+at home). A block that was freed has an item that cancels what the log says about it, instead of
+its buffer's; if it is used again in the same shape in the same context, the new buffer's item takes
+the place of that one.
 
 Invariants: an object has at most one item in the open context (`item`) and one in the sealed one
 (`going`); objects of contexts that are not stable are pinned by their `seq`. One context is sealed
-at a time. An item whose object is gone has no owner, and its vector is written all the same.
+at a time. An item whose object is gone has no owner; an inode's is written all the same.
 
 Locking: trio thread only; committing and sealing are atomic between awaits.
 """
@@ -343,6 +344,7 @@ class Cil:
         """Buffers of freed blocks own nothing any more; what they held is held until then."""
         bufs = self._vol.bufs.table
         for handle in changes.stale:
+            self._leave_out(int(bufs["item"][handle]))
             changes.releases.append(self._disown(bufs, handle))
         for handle in changes.bufs if self._cancels else ():
             self._uncancel(handle)
@@ -367,9 +369,12 @@ class Cil:
         if self._vol.bufs.table["item"][handle]:
             return
         for daddr, _, size in self._vol.bufs.parts(handle):
-            item = self._cancels.pop((daddr, size), 0)
-            if item:
-                self.items["regions"][item] = self.items["used"][item] = 0
+            self._leave_out(self._cancels.pop((daddr, size), 0))
+
+    def _leave_out(self, item: int) -> None:
+        """Nothing of the item is written; 0 is none."""
+        if item:
+            self.items["regions"][item] = self.items["used"][item] = 0
 
     def _put_pieces(self, item: int, handle: int) -> None:
         """No part is a block that recovery could stamp: it is logged as it goes home."""

@@ -245,13 +245,19 @@ class Transaction:
             self.vol.bufs.invalidate(buf.handle)
             self._stale.append(buf)
 
-    def forget(self, daddr: int, size: int) -> None:
-        """Invalidate a block of `size` bytes, or a part of one, without reading it."""
+    def forget(self, daddr: int, size: int, *, logged: bool = True) -> None:
+        """Invalidate a block of `size` bytes, or a part of one, without reading it.
+
+        What is never logged, values of attributes, the log need not be told to forget.
+        """
         self.dirty = True
         buf = self._held.get(daddr) or self.vol.bufs.find(daddr)
         if buf is not None:
             self.invalidate(self._keep(buf) if daddr not in self._held else buf)
-        self._changes.cancels[daddr, size] = None
+        if logged:
+            self._changes.cancels[daddr, size] = None
+        else:
+            self._changes.cancels.pop((daddr, size), None)
 
     def forget_inodes(self, first: int, count: int) -> None:
         """A chunk's blocks are freed; none of its inodes is in use."""

@@ -63,7 +63,7 @@ def forget(tp: Transaction, fsbno: int, count: int) -> None:
     geo = tp.vol.geo
     daddr = geo.fsb_to_daddr(fsbno)
     for at in range(daddr, daddr + count * geo.block_bbs, geo.block_bbs):
-        tp.forget(at, geo.block_size)
+        tp.forget(at, geo.block_size, logged=False)
 
 
 class AttrShape:
