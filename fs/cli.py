@@ -1,4 +1,4 @@
-"""The command line: mount, umount, info, stat, doctor, install-helper.
+"""The command line: mount, umount, info, stat, freeze, thaw, doctor, install-helper.
 
 Thin: each command turns its words into a call and its result into output. Results go to standard
 output, everything else to standard error. Exit codes of `mount` are mount(8)'s (1 usage, 2
@@ -83,7 +83,7 @@ def mount(
     policy=irix|linux|mayfail|inject:p=,nth=,seed=,order=,site= numa=N
     distance=10:20:... mpol=local|prefer:|prefer-many:|bind:|interleave:|weighted:NODES lanes=N
     transport=device|uring max_write=SIZE latency=auto|on|off stall=SECONDS
-    lock_timeout=SECONDS max_background=N read_ahead_kb=N procdir=NAME|off.
+    lock_timeout=SECONDS logbsize=SIZE max_background=N read_ahead_kb=N procdir=NAME|off.
     """
     from fs import mount as life
     from fs.front import options as grammar
@@ -157,6 +157,31 @@ def stat(
 
     found = figures.read(mountpoint)
     typer.echo(json.dumps(found, indent=2) if as_json else figures.text(found), nl=as_json)
+
+
+ReportsName = Annotated[str, typer.Option(help="Name of the mount's directory of reports.")]
+
+
+@app.command()
+def freeze(
+    mountpoint: Annotated[str, typer.Argument(metavar="DIR", help="Where it is mounted.")],
+    procdir: ReportsName = ".nofail",
+) -> None:
+    """Have writers wait, and write everything: a copy of the image is whole until `thaw`."""
+    from fs import fsfreeze
+
+    fsfreeze.set_frozen(mountpoint, procdir, frozen=True)
+
+
+@app.command()
+def thaw(
+    mountpoint: Annotated[str, typer.Argument(metavar="DIR", help="Where it is mounted.")],
+    procdir: ReportsName = ".nofail",
+) -> None:
+    """Let writers go on after `freeze`."""
+    from fs import fsfreeze
+
+    fsfreeze.set_frozen(mountpoint, procdir, frozen=False)
 
 
 @app.command()

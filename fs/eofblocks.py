@@ -240,7 +240,7 @@ class EofBlocks:
         vol, before = self._vol, ip.nblocks
         self._kept.pop(ip.handle, None)
         ip.state &= ~S_EOFBLOCKS
-        if vol.shut_down or not ip.nlink or ip.flags & KEEPS:
+        if vol.shut_down or not ip.nlink or ip.flags & KEEPS or vol.freezer.level:
             return False  # an unlinked file is freed as a whole
 
         async def free() -> None:

@@ -21,6 +21,7 @@ import trio
 
 from fs import fileattr, trim
 from fs.fileattr import FileAttr
+from fs.shutdown import Why
 from fs.xfs import ag
 from fs.xfs import layout as L
 
@@ -41,6 +42,8 @@ WORD = struct.Struct("=I")
 GEOMETRY = struct.Struct("=8I4Q16s4I6I136x")
 GEOMETRY_VERSION = 5  # what the kernel's V5 interface says of itself
 LABEL_MAX = 12  # bytes: XFS format, superblock
+
+CHANGING = (SETFLAGS, FSSETXATTR, SETFSLABEL)  # wait while the filesystem is frozen
 
 GOING_DEFAULT, GOING_LOGFLUSH, GOING_NOLOGFLUSH = 0, 1, 2
 
@@ -73,7 +76,10 @@ async def run(vol: Volume, ip: Inode, command: int, data: bytes, caller: Caller)
     handler = COMMANDS.get(command)
     if handler is None:
         raise OSError(errno.ENOTTY, f"ioctl {command:#x}")
-    return await handler(vol, ip, data, caller)
+    if command not in CHANGING:
+        return await handler(vol, ip, data, caller)
+    async with vol.freezer.writer():
+        return await handler(vol, ip, data, caller)
 
 
 def _unpack(form: struct.Struct, data: bytes) -> tuple[int, ...]:
@@ -147,7 +153,7 @@ def _read_word(caller: Caller) -> int:
 
 
 async def _going_down(vol: Volume, ip: Inode, data: bytes, caller: Caller) -> bytes:
-    """Shut down: after a sync, after what was committed is on the device, or at once."""
+    """Shut down: frozen, so with everything at home; with all that was committed; or at once."""
     caller.check_superuser()
     try:
         # In a thread: the page could be one of a file that only this thread can read in.
@@ -156,11 +162,11 @@ async def _going_down(vol: Volume, ip: Inode, data: bytes, caller: Caller) -> by
         raise OSError(errno.EFAULT, "the argument cannot be read") from None
     if flags not in (GOING_DEFAULT, GOING_LOGFLUSH, GOING_NOLOGFLUSH):
         raise OSError(errno.EINVAL, f"shutdown flags {flags}")
-    if flags == GOING_DEFAULT and not vol.read_only:
-        await vol.flusher.sync()
-    if flags != GOING_NOLOGFLUSH and not vol.read_only:
+    if flags == GOING_DEFAULT and not vol.read_only and not vol.freezer.level:
+        await vol.freezer.freeze()
+    elif flags == GOING_LOGFLUSH and not vol.read_only:
         await vol.xlog.force()
-    vol.shutdown("user-initiated shutdown")
+    vol.shutdown("user-initiated shutdown", Why.ASKED_FOR)
     return b""
 
 

@@ -6,20 +6,23 @@ in a volume that is about to be used, with transactions like everybody's, and do
 was begun: intents in the order in which they were logged; blocks that copies on write had prepared
 and nobody mapped are freed; then the inodes on the unlinked lists.
 
-Those transactions are not logged, so between the halves the superblock's guard is set and the log
-marked clean, in this order (`Volume` does it): a crash before that finds the log as it was and
-replays it again, a crash after it an image that xfs_repair must see, which knows what to do with
-unlinked inodes and blocks that nobody owns. Counters need nothing: a volume takes them from the AG
-headers.
+Those transactions are logged, behind the old log, which is kept from the oldest intent on until all
+intents are done and at home. Each says in the same checkpoint what it did: the intent is done, and
+what remains of it is a new one. So a crash at any moment leaves a log that says exactly what is
+still to be done, and the next recovery, ours or the kernel's, goes on from there. Unlinked inodes
+and blocks for copies are found on the image, whenever the log is not clean. Counters need nothing:
+a volume takes them from the AG headers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from fs.log import closing, intents
+from fs.log import intents
 from fs.log.head import Ends
-from fs.log.intents import Work
+from fs.log.intents import Intent, Work
 from fs.log.region import Region
 from fs.log.replay import Replay
 from fs.xfs import bmap, freespace, refcount, rmap, unlinked
@@ -36,20 +39,8 @@ if TYPE_CHECKING:
     from fs.xfs.geometry import Geometry
 
 
-class Recovery(NamedTuple):
-    """A log that was replayed, and what it left to do."""
-
-    region: Region
-    ends: Ends
-    work: list[Work]
-
-    async def close_log(self) -> None:
-        """Mark the log clean. Raises OSError."""
-        await closing.close(self.region, self.ends)
-
-
-async def replay(device: Device, geo: Geometry, ends: Ends, log: logging.Logger) -> Recovery:
-    """The first half. Raises BadLog, OSError."""
+async def replay(device: Device, geo: Geometry, ends: Ends, log: logging.Logger) -> list[Intent]:
+    """The first half; returns what the second is to finish. Raises BadLog, OSError."""
     log.info("%s: Starting recovery (logdev: internal)", device.name)
     region, work = Region(device, geo), Replay(device, geo)
     await work.run(region, ends)
@@ -58,17 +49,25 @@ async def replay(device: Device, geo: Geometry, ends: Ends, log: logging.Logger)
         "%s: replayed %d checkpoints: %d blocks written, %d newer or freed, %d intents left",
         *(device.name, work.checkpoints, work.replayed, work.skipped, len(left)),
     )
-    return Recovery(region, ends, left)
+    return left
 
 
-async def finish(vol: Volume, work: list[Work]) -> None:
+def oldest(left: Sequence[Intent]) -> int:
+    """LSN from which on the log is needed for what is left to do; 0: it is not."""
+    return min((intent.lsn for intent in left), default=0)
+
+
+async def finish(vol: Volume, left: Sequence[Intent]) -> None:
     """The second half. Raises OSError, also Corrupt."""
     users: dict[int, Inode] = {}  # kept to the end: an unlinked one must not be freed before it
+    taken = {intent.number for intent in left}
+    numbers = (number for number in itertools.count(1) if number not in taken)
     try:
-        for one in work:
-            if one.kind == intents.MAP and one.owner not in users:
-                users[one.owner] = await vol.inodes.get(one.owner)
-            await _carry_out(vol, one, users.get(one.owner))
+        for intent in left:
+            for one in intent.extents:
+                if one.kind == intents.MAP and one.owner not in users:
+                    users[one.owner] = await vol.inodes.get(one.owner)
+            await _carry_out(vol, intent, users, numbers)
         if vol.geo.has_reflink:
             for agno in range(vol.geo.agcount):
                 await _free_staging(vol, agno)
@@ -86,18 +85,32 @@ async def finish(vol: Volume, work: list[Work]) -> None:
 # -- intents --------------------------------------------------------------------------------------
 
 
-async def _carry_out(vol: Volume, work: Work, ip: Inode | None) -> None:
+async def _carry_out(
+    vol: Volume, intent: Intent, users: dict[int, Inode], numbers: Iterator[int]
+) -> None:
+    """A part in each transaction: the largest one that has its room in the log for sure."""
     blocks = bmap.worst_indirect(vol.geo, 1)
-    async with vol.transaction("intent", blocks, from_pool=True) as tp:
-        if ip is not None and work.kind == intents.MAP:
-            await tp.lock_inodes(ip)
-            await _change_map(tp, ip, work)
-        elif work.kind == intents.FREE:
-            await freespace.free_anyones(tp, work.fsbno, work.count)
-        elif work.kind == intents.COUNT:
-            await _change_count(tp, work)
-        else:
-            await _change_owner(tp, work)
+    while intent.extents:
+        async with vol.transaction("intent", blocks, from_pool=True) as tp:
+            done = await _change(tp, intent.extents[0], users)
+            tp.log_also(intent.done())
+            intent = intent.behind(done, next(numbers))
+            if intent.extents:
+                tp.log_also(intent.vector())
+
+
+async def _change(tp: Transaction, work: Work, users: dict[int, Inode]) -> int:
+    """The beginning of one extent, or all of it; returns how many blocks."""
+    if work.kind == intents.COUNT:
+        return await _change_count(tp, work)
+    if work.kind == intents.MAP:
+        await tp.lock_inodes(users[work.owner])
+        await _change_map(tp, users[work.owner], work)
+    elif work.kind == intents.FREE:
+        await freespace.free_anyones(tp, work.fsbno, work.count)
+    else:
+        await _change_owner(tp, work)
+    return work.count
 
 
 async def _change_map(tp: Transaction, ip: Inode, work: Work) -> None:
@@ -114,15 +127,20 @@ async def _change_map(tp: Transaction, ip: Inode, work: Work) -> None:
         await rmap.unmap(tp, work.fsbno, work.count, owner)
 
 
-async def _change_count(tp: Transaction, work: Work) -> None:
+async def _change_count(tp: Transaction, work: Work) -> int:
+    """Counts differ from block to block: what has the same one, at a time."""
+    n = work.count
     if work.action == intents.INCREASE:
-        await refcount.increase(tp, work.fsbno, work.count)
+        n = await refcount.alike(tp, work.fsbno, n)
+        await refcount.increase(tp, work.fsbno, n)
     elif work.action == intents.DECREASE:
-        await refcount.drop(tp, work.fsbno, work.count)
+        n = await refcount.alike(tp, work.fsbno, n)
+        await refcount.drop(tp, work.fsbno, n)
     elif work.action == intents.ALLOC_COW:
-        await refcount.stage(tp, work.fsbno, work.count)
+        await refcount.stage(tp, work.fsbno, n)
     else:
-        await refcount.unstage(tp, work.fsbno, work.count)
+        await refcount.unstage(tp, work.fsbno, n)
+    return n
 
 
 async def _change_owner(tp: Transaction, work: Work) -> None:

@@ -112,13 +112,16 @@ class Session:
                 norecovery=options.norecovery,
                 log=self._log,
                 paranoid=options.paranoid,
+                logbsize=options.logbsize,
             ) as self._vol:
                 self._vol.flusher.lazytime = options.lazytime
                 await self._serve(self._vol)
             self._tell_failures(self._vol)
             if self._vol.shut_down:
                 self.status = EXIT_SYSTEM
-                self.message = f"shut down: {self._vol.shutdown_reason}; run xfs_repair"
+                self.message = f"shut down: {self._vol.shutdown_reason}"
+                if not self._vol.read_only:
+                    self.message += "; the next mount recovers the log"
             elif self._lanes is not None and self._lanes.failure:
                 self.status, self.message = EXIT_SYSTEM, self._lanes.failure
             nursery.cancel_scope.cancel()
@@ -253,8 +256,8 @@ class Session:
                 self._nursery.start_soon(self._unmount)
 
     def _abort(self, name: str) -> None:
-        """Give up: the image stays marked for repair."""
-        text = f"second signal ({name}): given up; run xfs_repair on the image"
+        """Give up: the image stays as a crash would leave it."""
+        text = f"second signal ({name}): given up; the next mount recovers the log"
         self._log.critical("%s", text)
         self._keeper.end(daemon.EXIT_INTERRUPTED, text)
         with contextlib.suppress(OSError):

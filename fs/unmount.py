@@ -90,8 +90,8 @@ def _status(record: runfile.Record) -> int:
     runfile.remove(last)
     if last.state != runfile.ENDED:
         raise UserError(
-            f"the daemon (process {last.pid}) ended without writing everything; run xfs_repair "
-            f"on {last.image or 'the image'}; its log is {last.log}",
+            f"the daemon (process {last.pid}) ended without writing everything: the next "
+            f"mount of {last.image or 'the image'} recovers its log; what it said is in {last.log}",
             EXIT_SYSTEM,
         )
     if last.exit_status:

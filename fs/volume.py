@@ -35,13 +35,16 @@ from fs.cache.lock import LockTable, Mutex
 from fs.device.base import Device
 from fs.eofblocks import EofBlocks
 from fs.errors import Corrupt, ShutDown, UserError
+from fs.freeze import Freezer
 from fs.inodegc import InodeGc
-from fs.log import head, iclog
+from fs.log import bounds, head, iclog
 from fs.log.ail import EVERYTHING
 from fs.log.grant import LOG_SPACE, Overrun, Ticket
+from fs.log.intents import Intent
 from fs.log.log import Log
 from fs.log.region import Region
 from fs.log.transaction import Transaction
+from fs.shutdown import Why
 from fs.space import Space
 from fs.xfs import ag, btkind, dirbuf, freespace, inobt, inode, residentino, superblock
 from fs.xfs import layout as L
@@ -89,6 +92,8 @@ class Volume:
         read_only: bool,
         log: logging.Logger,
         paranoid: bool,
+        logbsize: int,
+        floor: int,
     ) -> None:
         self.dev = device
         self.geo = geo
@@ -115,14 +120,16 @@ class Volume:
         self.ilocks = LockTable("ilock", words, INODE_WORDS, I4_ILOCK, self._ino_of)
         self.space_lock = LockTable("space")
         self.create_blocks = namespace.create_blocks(geo)
-        self.xlog = Log(self, Region(device, geo), ends, iclog.SIZE_LEAST)
-        self._running = 0  # transactions that are open
+        region = Region(device, geo)
+        self.xlog = Log(self, region, ends, logbsize or iclog.SIZE_LEAST, floor)
+        self.running = 0  # transactions that are open
         self.metadata_period_s = METADATA_PERIOD_S
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
         self.inodegc = InodeGc(self)
         self.eofblocks = EofBlocks(self)
+        self.freezer = Freezer(self)
         self._closing = False
         self.arena.holders = lockdep.held_by
         if lockdep.current is not None:
@@ -141,18 +148,22 @@ class Volume:
         norecovery: bool = False,
         log: logging.Logger = default_log,
         paranoid: bool = False,
+        logbsize: int = 0,
     ) -> AsyncIterator[Volume]:
         """Open the image on a device for the duration of a block.
 
         A log with changes is recovered first; a read-only volume of such an image is refused
         unless `norecovery` asks for what is there without it. `paranoid` verifies every metadata
-        block before it is written, too. Raises UserError for an image that is refused; it says why
+        block before it is written, too. `logbsize` is the size of the log's buffers; 0: as large as
+        they should be. Raises UserError for an image that is refused; it says why
         and what to do.
         """
         only_reads = read_only or device.read_only
         assert only_reads or not norecovery
         try:
             geo, ends = await _admit_image(device, only_reads)
+            if not only_reads:
+                _check_log(geo, logbsize, memory_bytes)
             left = None
             if not ends.clean and not norecovery:
                 geo, left = await _replay_log(device, geo, ends, only_reads, log)
@@ -170,6 +181,8 @@ class Volume:
             read_only=only_reads,
             log=log,
             paranoid=paranoid,
+            logbsize=logbsize,
+            floor=recovery.oldest(left or ()),
         )
         try:
             async with trio.open_nursery() as nursery:
@@ -183,7 +196,7 @@ class Volume:
         finally:
             vol.arena.close()
 
-    async def _start(self, nursery: trio.Nursery, left: recovery.Recovery | None) -> None:
+    async def _start(self, nursery: trio.Nursery, left: list[Intent] | None) -> None:
         self.inodes.read_image = self._read_inode
         self.inodes.evict = self.pages.evict
         self.inodes.unused = self.flusher.unused
@@ -203,6 +216,7 @@ class Volume:
             await freespace.mount(tp)
         self.space.start(self.ags.free, self.geo.dblocks)
         if not self.read_only:
+            self.log.info("%s: %s", self.dev.name, self.xlog.told())
             await self.xlog.start()
             nursery.start_soon(self._in_background, self.xlog.run)
             nursery.start_soon(self._in_background, self._metadata_writer)
@@ -213,15 +227,16 @@ class Volume:
         if left is not None:
             await self._finish_recovery(left)
 
-    async def _finish_recovery(self, left: recovery.Recovery) -> None:
-        """What the log says was begun; the log is kept until all of it is done and at home."""
+    async def _finish_recovery(self, left: list[Intent]) -> None:
+        """What the log says was begun; what says so is kept until it is done and at home."""
         try:
-            await recovery.finish(self, left.work)
+            await recovery.finish(self, left)
             await self.flush_metadata()
             self.xlog.recovered()
         except OSError as error:
             raise UserError(
-                f"{self.dev.name}: recovery could not be finished: {error}; run xfs_repair",
+                f"{self.dev.name}: recovery could not be finished: {error}; the next mount goes on "
+                "with it; if that comes no further, run xfs_repair",
                 MOUNT_FAILED,
             ) from error
 
@@ -254,6 +269,7 @@ class Volume:
     async def _stop(self) -> None:
         """Write everything and mark the image clean; after a shutdown write nothing."""
         self._closing = True
+        self.freezer.thaw()
         await self.ahead.drain()
         self.space.close_stash()
         if self.read_only:
@@ -267,7 +283,7 @@ class Volume:
             if not self.shut_down:
                 await enomem.insist(self, self._write_metadata, "unmount failed")
         except OSError as error:
-            self.shutdown(f"unmount failed: {error}")
+            self.shutdown(f"unmount failed: {error}", Why.METADATA_IO)
         if self.shut_down:
             self.log.error("unmounted after a shutdown: the next mount recovers the log")
 
@@ -287,6 +303,15 @@ class Volume:
         await self.flush_metadata()
         await self.xlog.unmount()
         await self.dev.flush()
+
+    async def cover_log(self) -> None:
+        """Bring everything home, and have nothing in the log but the superblock, as it is there.
+
+        The first checkpoint holds what there was; the second one's tail is itself. Raises OSError.
+        """
+        for _ in range(2):
+            await self._log_counters()
+            await self.flush_metadata()
 
     async def _log_counters(self) -> None:
         """The superblock's counters, which a running filesystem keeps in the AG headers."""
@@ -314,23 +339,19 @@ class Volume:
         self.log.error("corrupt %s at %s: %s; run xfs_repair", structure, where, reason)
         return Corrupt(f"corrupt {structure} at {where}: {reason}")
 
-    def shutdown(self, reason: str) -> None:
-        """Stop everything: memory and image may disagree. Idempotent."""
+    def shutdown(self, reason: str, why: Why = Why.IN_CORE) -> None:
+        """Stop everything: nothing more is written. Idempotent."""
         if self.shut_down:
             return
         self.shut_down = True
         self.shutdown_reason = reason
         self.on_shutdown()
-        self.log.critical(
-            "%s: Corruption of in-memory data (0x8) detected: %s.  Shutting down filesystem.  "
-            "Please unmount the filesystem and rectify the problem(s): run xfs_repair",
-            self.dev.name,
-            reason,
-        )
+        self.log.critical("%s", why.message(self.dev.name, reason))
         self.xlog.give_up()
         self.wake_metadata()
         self._metadata_done.set()
         self.inodegc.give_up()
+        self.freezer.thaw()
 
     def check_alive(self) -> None:
         """Raises ShutDown after a shutdown."""
@@ -366,11 +387,12 @@ class Volume:
         return int(self.inodes.fields["ino"][handle])
 
     async def admit(self, name: str) -> None:
-        """Let a transaction begin when dirty metadata leaves memory for it.
+        """Let a transaction begin when dirty metadata leaves memory for it, and nothing is frozen.
 
         The writer needs no transaction, so what is waited for here always comes.
         """
         self.check_writable()
+        await self.freezer.admit()
         if lockdep.current is not None:
             lockdep.current.wants(METADATA)
         while self._metadata_is_crowding() and not self.shut_down:
@@ -383,7 +405,9 @@ class Volume:
 
         It must do without blocks, but is refused where one that may need `blocks` would be.
         """
-        if self.shut_down or self.read_only or self._metadata_is_crowding():
+        if self.shut_down or self.read_only or self.freezer.level:
+            return None
+        if self._metadata_is_crowding():
             return None
         if blocks and blocks > self.space.available:
             return None
@@ -406,13 +430,14 @@ class Volume:
 
     def enter(self) -> None:
         """A write transaction began."""
-        self._running += 1
+        self.running += 1
 
     def leave(self) -> None:
         """A write transaction ended."""
-        assert self._running > 0
-        self._running -= 1
+        assert self.running > 0
+        self.running -= 1
         self.space.changed()
+        self.freezer.stirred()
 
     # -- metadata write-back --------------------------------------------------------------------
 
@@ -432,7 +457,7 @@ class Volume:
                         with lockdep.holding(lockdep.FS_RECLAIM), lockdep.holding(METADATA):
                             await enomem.insist(self, self.flush_metadata, "metadata write failed")
                     except OSError as error:
-                        self.shutdown(f"metadata write failed: {error}")
+                        self.shutdown(f"metadata write failed: {error}", Why.METADATA_IO)
                 done, self._metadata_done = self._metadata_done, trio.Event()
                 done.set()
                 if self.bufs.counts["writes"] > written:  # else who waits would only wake us again
@@ -513,7 +538,7 @@ class Volume:
             "available_blocks": self.space.available,
             "dirty_metadata_bytes": self.bufs.dirty_bytes,
             "dirty_inodes": self.inodes.dirty_count,
-            "running_transactions": self._running,
+            "running_transactions": self.running,
             "inactive_inodes": len(self.inodegc),
         }
 
@@ -528,9 +553,17 @@ async def _admit_image(device: Device, read_only: bool) -> tuple[Geometry, head.
     return geo, await head.find(Region(device, geo))
 
 
+def _check_log(geo: Geometry, logbsize: int, memory_bytes: int) -> None:
+    """Whether a volume can be written with such a log. Raises UserError."""
+    try:
+        bounds.check(geo, bounds.iclog_bytes(geo, logbsize), memory_bytes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 async def _replay_log(
     device: Device, geo: Geometry, ends: head.Ends, read_only: bool, log: logging.Logger
-) -> tuple[Geometry, recovery.Recovery]:
+) -> tuple[Geometry, list[Intent]]:
     """Bring home what the log says, and look at the superblock again, which may be other now."""
     if read_only:
         raise UserError(

@@ -43,7 +43,7 @@ class AccessTimes:
     async def touch(self, ip: Inode, *, directory: bool = False) -> None:
         """The inode was read."""
         policy = self._directory_policy if directory else self._policy
-        if policy == "noatime" or ip.flags & L.DIFLAG_NOATIME:
+        if policy == "noatime" or ip.flags & L.DIFLAG_NOATIME or self._vol.freezer.level:
             return
         now = attrs.now_bigtime()
         if not is_due(policy, ip.atime, ip.mtime, ip.ctime, now):

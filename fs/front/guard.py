@@ -19,6 +19,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from os.path import basename
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,12 +27,21 @@ import pyfuse3
 import trio
 
 from fs import enomem
+from fs.front import procdir
 
 if TYPE_CHECKING:
     from fs.volume import Volume
 
 # Give back what the kernel held; they work on a filesystem that was shut down.
 RELEASING = frozenset(("forget", "flush", "release", "releasedir"))
+# Wait while the filesystem is frozen. An ioctl knows itself what it is.
+WRITING = frozenset(
+    (
+        *("mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "create", "tmpfile"),
+        *("setattr", "setxattr", "removexattr", "write", "fallocate"),
+        *("copy_file_range", "copy_file_range_64"),
+    )
+)
 SILENT = frozenset(("forget",))  # no request waits for an answer
 HUNG_SECONDS = 30.0
 WATCH_SECONDS = 10.0
@@ -68,6 +78,13 @@ class Gate:
         self._pressure.request_ends()
         self._named.discard(ticket)
         self.handled += 1
+
+    def writing(self, name: str, *, apart: bool) -> AbstractAsyncContextManager[None]:
+        """Around a request: while the filesystem is frozen, those that change it wait here.
+
+        Reports are `apart`; they change nothing on the image.
+        """
+        return self.vol.freezer.writer() if name in WRITING and not apart else nullcontext()
 
     def broken(self, name: str, error: BaseException) -> None:
         """A handler raised what it must not: log it once for each place, shut down."""
@@ -154,15 +171,22 @@ def _guard(
         work = handler(self, *args)
         ticket = gate.enter(name, target, work)
         try:
-            return await work
+            async with gate.writing(name, apart=_is_apart(name, target)):
+                return await work
         except Exception as error:
             number = error_of(gate, name, error)
             if name not in SILENT:
                 raise pyfuse3.FUSEError(number) from None
         finally:
+            work.close()  # if it was never begun
             gate.leave(ticket)
 
     return guarded
+
+
+def _is_apart(name: str, target: int) -> bool:
+    """Whether a handler's first argument, a file handle or a node, is of a report."""
+    return procdir.is_open(target) if name == "write" else procdir.owns(target)
 
 
 def handler_names() -> list[str]:

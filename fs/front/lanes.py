@@ -58,10 +58,15 @@ class Lanes:
         """Take the memory."""
         await self.front.start()
         self._vol.on_shutdown = self._shut_down
+        self._vol.freezer.on_change = self._freeze
         if self._vol.shut_down:
             self._shut_down()
         if not self._vol.read_only:
             self._vol.space.open_stash()
+
+    def _freeze(self, frozen: bool) -> None:
+        """While it is frozen writes are parked, as on a filesystem that is read-only."""
+        self.front.control[S.C_READ_ONLY] = int(frozen or self._vol.read_only)
 
     def _shut_down(self) -> None:
         self.front.control[S.C_SHUTDOWN] = 1
@@ -106,5 +111,6 @@ class Lanes:
     def stop(self) -> None:
         """Give the memory back; `serve` has ended."""
         self._vol.on_shutdown = lambda: None
+        self._vol.freezer.on_change = lambda frozen: None
         self._vol.space.close_stash()
         self.front.stop()

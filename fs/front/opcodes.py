@@ -26,7 +26,7 @@ from fs import copyrange, fallocate, file, ioctl, seek, syncfs, tmpfile
 from fs.front import attrs, handles, laneslow, procdir, wire
 from fs.front.guard import error_of
 from fs.front.laneslow import Front
-from fs.front.lanestate import S_FD, S_LEN, SLOT_BYTES
+from fs.front.lanestate import S_FD, S_LEN, S_LOCKED, SLOT_BYTES
 from fs.front.operations import Operations
 from fs.xfs import layout as L
 
@@ -89,14 +89,18 @@ async def answer(front: Front, slot: int) -> None:
     gate = front.ops.gate
     work = _serve(front, msg, slot, request.opcode)
     ticket = gate.enter(name, request.node, work)
+    # A write that a lane began holds the IOLOCK: it is not held back where others wait for that.
+    apart = procdir.owns(request.node) or bool(front.slots[slot, S_LOCKED])
     try:
-        body = await work
+        async with gate.writing(name, apart=apart):
+            body = await work
     except Exception as error:
         send(front, fd, request.unique, error_of(gate, name, error), b"")
     else:
         if body is not None:
             send(front, fd, request.unique, 0, body)
     finally:
+        work.close()  # if it was never begun
         gate.leave(ticket)
 
 

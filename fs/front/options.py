@@ -32,6 +32,7 @@ TRANSPORTS = ("device", "uring")
 LATENCY_MODES = ("auto", "on", "off")
 ATIME_POLICIES = ("relatime", "strictatime", "noatime")
 LANES_MOST = 16
+LOGBSIZES = tuple(1 << order for order in range(15, 19))  # XFS's for logs of version 2, from 32k
 NAME_MAX = 255
 STALL_LEAST_S = 0.1
 MAX_WRITE_SHARE = 4  # of memory, at most, is lanes' room for writes
@@ -87,6 +88,7 @@ class MountOptions:
     log: str = ""
     lock_timeout: float = 60.0
     paranoid: bool = False
+    logbsize: int = 0  # bytes of the log's buffers; 0: not said
     lockdep: bool = False  # False: not said
     lanes: int = -1  # -1: by the number of cores; 0: pyfuse3 alone
     transport: str = ""  # how requests come to lanes; empty: not said
@@ -215,6 +217,14 @@ def _max_write(text: str) -> int:
     return size
 
 
+def _logbsize(text: str) -> int:
+    size = parse_size(text)
+    if size not in LOGBSIZES:
+        known = ", ".join(f"{size >> 10}k" for size in LOGBSIZES)
+        raise UserError(f"logbsize={text} is none of {known}", EXIT_USAGE)
+    return size
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -304,6 +314,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fsname": ("fsname", str),
     "subtype": ("subtype", str),
     "log": ("log", str),
+    "logbsize": ("logbsize", _logbsize),
     "lanes": ("lanes", _lanes),
     "transport": ("transport", _transport),
     "max_write": ("max_write", _max_write),
@@ -325,7 +336,7 @@ IGNORED = frozenset(
         *("inode64", "attr2", "noquota", "largeio", "nolargeio"),
     )
 )
-IGNORED_VALUES = frozenset(("user", "uhelper", "helper", "comment", "logbufs", "logbsize"))
+IGNORED_VALUES = frozenset(("user", "uhelper", "helper", "comment", "logbufs"))
 IGNORED_PREFIXES = ("x-", "X-")
 # What the mount table shows of a FUSE mount; mount(8) hands all of it back at a remount.
 SHOWN_VALUES = frozenset(("user_id", "group_id", "rootmode", "fd", "max_read", "blksize"))

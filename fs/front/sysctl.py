@@ -78,7 +78,7 @@ def tunables(vol: Volume) -> dict[str, Tunable]:
     """All of a volume's, by their paths below /proc/sys."""
     parts = (
         *(_marks, _dirty, _readahead, _periods, _caches, _compaction, _rcu, _weights, _balance),
-        _device,
+        *(_device, _freeze),
     )
     return {path: tunable for part in parts for path, tunable in part(vol).items()}
 
@@ -304,6 +304,21 @@ def _compaction(vol: Volume) -> dict[str, Tunable]:
             lambda: compaction.extfrag_threshold, set_threshold, 0, 1000
         ),
     }
+
+
+def _freeze(vol: Volume) -> dict[str, Tunable]:
+    """What FIFREEZE and FITHAW do, which Linux's FUSE does not pass on."""
+    freezer = vol.freezer
+
+    async def change(frozen: int) -> None:
+        if frozen:
+            await freezer.freeze()
+        elif freezer.level:
+            freezer.thaw()
+        else:
+            raise OSError(errno.EINVAL, "not frozen")
+
+    return {"fs/xfs/freeze": Tunable(lambda: int(freezer.level > 0), change, 0, 1)}
 
 
 def _device(vol: Volume) -> dict[str, Tunable]:

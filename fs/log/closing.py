@@ -1,11 +1,11 @@
-"""The end of a recovered log: what was torn goes, and an unmount record says that all is at home.
+"""Both ends of what a mount writes to the log: what was torn ahead goes; an unmount record ends it.
 
 XFS format, log: behind the head there may be BBs that a write left half-done, with the cycle that
 the head is going to write. They are covered with empty headers of the cycle before, or they would
 be log as soon as the head has passed by. Then comes a record with one operation, UNMOUNT; a log
 that ends with it is clean.
 
-Writes nothing but the log. Whoever calls it has made stable everywhere else what the log said.
+Writes nothing but the log.
 """
 
 from __future__ import annotations
@@ -66,13 +66,3 @@ def unmount_record(region: Region, shape: Shape, lsn: int, previous: int) -> Blo
         *(first + len(body), len(blocks), np.uint64(lsn), np.uint64(lsn), previous, 1, wrap),
     )
     return blocks
-
-
-async def close(region: Region, ends: Ends) -> None:
-    """Make a log clean that was replayed. Raises OSError."""
-    await clear_ahead(region, ends)
-    await region.flush()
-    lsn = lsn_of(ends.cycle, ends.head)
-    blocks = unmount_record(region, Shape.of(region.geo), lsn, ends.last)
-    await region.write(ends.head, blocks)
-    await region.flush()

@@ -2,9 +2,10 @@
 
 XFS format, log: an intent says what is going to be done to some extents, its done item, which has
 the same number, that it was done. What has no done item by the end of the log must be finished by
-whoever replays it, in the order in which it was logged. Little-endian.
+whoever replays it, in the order in which it was logged. Who does a part of an intent logs, in the
+same transaction, that it is done, and the rest as a new one: no part is ever done twice.
 
-Units: filesystem blocks. Extents are checked to lie in one AG of the filesystem.
+Little-endian. Units: filesystem blocks. Extents are checked to lie in one AG of the filesystem.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fs.log import items
+from fs.log import formats, items
 from fs.log.checkpoints import Item
 from fs.log.head import BadLog
 from fs.xfs.geometry import Geometry
 
 FREE, REVERSE, COUNT, MAP = items.EFI, items.RUI, items.CUI, items.BUI
-INTENT_OF = {items.EFD: FREE, items.RUD: REVERSE, items.CUD: COUNT, items.BUD: MAP}
-DONE_OF = {intent: done for done, intent in INTENT_OF.items()}
+DONE_OF = {FREE: items.EFD, REVERSE: items.RUD, COUNT: items.CUD, MAP: items.BUD}
+INTENT_OF = {done: kind for kind, done in DONE_OF.items()}
 HEAD = struct.Struct("<HHIQ")  # type, regions, extents, number
 EXTENT = struct.Struct("<QII")  # block, length, flags of a COUNT
 MAPPING = struct.Struct("<qQQII")  # owner, block, file block, length, flags
@@ -46,16 +47,47 @@ class Work(NamedTuple):
     offset: int
     flags: int
 
+    def behind(self, count: int) -> Work:
+        """What is left when the first `count` blocks are done."""
+        offset = self.offset + count if self.kind in (REVERSE, MAP) else self.offset
+        return self._replace(fsbno=self.fsbno + count, count=self.count - count, offset=offset)
+
+
+class Intent(NamedTuple):
+    """What is to be done under one number; `lsn`: where the checkpoint begins that says so."""
+
+    kind: int
+    number: int
+    extents: tuple[Work, ...]
+    lsn: int = 0
+
+    def vector(self) -> bytes:
+        """The intent as a log vector."""
+        return formats.vector_of(begin(self.kind, self.number, self.extents))
+
+    def done(self) -> bytes:
+        """The item, likewise, that says that it was done, or that another has taken its place."""
+        return formats.vector_of(done(self.kind, self.number, self.extents))
+
+    def behind(self, count: int, number: int) -> Intent:
+        """The rest under a new number, when `count` blocks of the first extent are done."""
+        first = self.extents[0]
+        cut = (first.behind(count),) if count < first.count else ()
+        return Intent(self.kind, number, (*cut, *self.extents[1:]))
+
 
 class Pending:
     """Intents whose done items have not been seen, oldest first."""
 
     def __init__(self, geo: Geometry) -> None:
         self._geo = geo
-        self._left: dict[tuple[int, int], list[Work]] = {}
+        self._left: dict[tuple[int, int], Intent] = {}
 
-    def take(self, kind: int, item: Item) -> bool:
-        """Note an intent, or that it was done; False for items of other types. Raises BadLog."""
+    def take(self, kind: int, item: Item, lsn: int) -> bool:
+        """Note an intent, or that it was done; False for items of other types.
+
+        `lsn` is that of the checkpoint. Raises BadLog.
+        """
         if kind not in ACTIONS and kind not in INTENT_OF:
             return False
         if len(item[0]) < HEAD.size:
@@ -64,7 +96,8 @@ class Pending:
         if kind in INTENT_OF:
             self._left.pop((INTENT_OF[kind], number), None)
         else:
-            self._left[kind, number] = self._parse(kind, item[0], count)
+            extents = tuple(self._parse(kind, item[0], count))
+            self._left[kind, number] = Intent(kind, number, extents, lsn)
         return True
 
     def _parse(self, kind: int, raw: bytes, count: int) -> list[Work]:
@@ -91,9 +124,9 @@ class Pending:
             return False
         return least <= work.action <= ACTIONS[work.kind]
 
-    def left(self) -> list[Work]:
+    def left(self) -> list[Intent]:
         """What is still to be done."""
-        return [work for extents in self._left.values() for work in extents]
+        return list(self._left.values())
 
 
 def begin(kind: int, number: int, work: Sequence[Work]) -> Item:

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 import trio
 
 from fs.errors import ShutDown
-from fs.log import reservation
+from fs.log import bounds, reservation
 from fs.log.budget import Budget
 from fs.log.cil import Cil
 from fs.log.grant import Grant, Overrun, lsn_distance
 from fs.log.region import Region
-from fs.log.stream import Stream
+from fs.log.stream import LogOverrun, Stream
 from fs.log.vectors import Vectors
+from fs.shutdown import Why
 from fs.xfs import layout as L
 
 if TYPE_CHECKING:
@@ -38,28 +39,30 @@ if TYPE_CHECKING:
     from fs.volume import Volume
 
 PERIOD_S = 30.0  # what is committed is stable after this long
-LOG_SHARE = 8  # a checkpoint has at most this part of the log,
-MEMORY_SHARE = 32  # and of memory
-LIMIT_MOST = 32 << 20
 
 
 class Log:
-    """Of one writable volume. `run` is its task."""
+    """Of one writable volume. `run` is its task.
 
-    def __init__(self, vol: Volume, region: Region, ends: Ends, logbsize: int) -> None:
+    `ends` are those of the log that was found; from `floor` on, an LSN, it is needed until
+    `recovered` is called (0: not at all).
+    """
+
+    def __init__(
+        self, vol: Volume, region: Region, ends: Ends, logbsize: int, floor: int = 0
+    ) -> None:
         self._vol, self._region = vol, region
         self.ail = vol.bufs.ail
         self.period_s = PERIOD_S
         self.stream = Stream(region, vol.arena, ends, ends.size or logbsize)
         head = self.stream.head
-        tail = head if ends.clean else ends.tail
-        self.ail.floor = 0 if ends.clean else ends.tail
+        self.ail.floor = floor
         nbytes = region.bbs << L.BB_LOG
         unit = self._unit
-        self.grant = Grant(nbytes, unit, self._push_tail, head, tail)
+        self.grant = Grant(nbytes, unit, self._push_tail, head, floor or head)
         self.budget = Budget(vol.geo)
         self.vectors = Vectors(vol.arena)
-        self.limit = min(nbytes // LOG_SHARE, vol.arena.memory_bytes // MEMORY_SHARE, LIMIT_MOST)
+        self.limit = bounds.limit(vol.geo, vol.arena.memory_bytes)
         self.cil = Cil(vol, self.vectors, self.grant.context)
         self._wake = trio.Event()
         self._wanted = 0  # checkpoint that somebody waits for
@@ -69,6 +72,11 @@ class Log:
     def _unit(self, payload: int) -> int:
         return reservation.unit_bytes(self._vol.geo, payload, self.stream.shape.size)
 
+    def told(self) -> str:
+        """A line for the log of the mount."""
+        vol = self._vol
+        return bounds.told(vol.geo, self.stream.shape.size, vol.arena.memory_bytes)
+
     async def start(self) -> None:
         """Take the memory of iclogs, and clear the way ahead. Raises OSError."""
         await self.stream.start()
@@ -77,13 +85,13 @@ class Log:
 
     async def reserve(self, name: str) -> Ticket:
         """Space for a transaction of that name; waits for it. Raises ShutDown."""
-        while self.cil.payload > 2 * self.limit and not self._vol.shut_down:
+        while self.cil.payload > bounds.GATE * self.limit and not self._vol.shut_down:
             await self._wait(self.cil.seq)
         return await self.grant.reserve(name, self.budget.need(name).payload)
 
     def try_now(self, name: str) -> Ticket | None:
         """The same, if nobody has to be waited for."""
-        if self.cil.payload > 2 * self.limit or not self.cil.stocked:
+        if self.cil.payload > bounds.GATE * self.limit or not self.cil.stocked:
             return None
         return self.grant.try_now(name, self.budget.need(name).payload)
 
@@ -166,8 +174,8 @@ class Log:
             lsn = await self.stream.write(batch.vectors, tail)
             self._count(batch.ticket, before)
             await vol.dev.flush()
-        except (OSError, Overrun) as error:
-            vol.shutdown(f"log I/O error: {error}")
+        except (OSError, Overrun, LogOverrun) as error:
+            vol.shutdown(str(error), Why.LOG_IO if isinstance(error, OSError) else Why.IN_CORE)
             return
         self.cil.settle(batch, lsn)
         batch.ticket.release()

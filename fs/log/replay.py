@@ -73,7 +73,7 @@ class Replay:
         """Both passes. Raises BadLog, OSError."""
         async for checkpoint in committed(region, ends.tail, ends.head):
             for item in checkpoint.items():
-                self._collect(item)
+                self._collect(item, checkpoint.lsn)
         async for checkpoint in committed(region, ends.tail, ends.head):
             await self._replay(checkpoint)
         await self._write_held()
@@ -81,7 +81,7 @@ class Replay:
 
     # -- first pass -----------------------------------------------------------------------------
 
-    def _collect(self, item: Item) -> None:
+    def _collect(self, item: Item, lsn: int) -> None:
         kind = items.kind_of(item)
         if kind == items.BUF:
             self._collect_buffer(items.buffer(item))
@@ -93,7 +93,7 @@ class Replay:
             self._check_create(items.create(item))
         elif kind in (items.ATTRI, items.ATTRD):
             raise BadLog("changes of extended attributes are under way (ATTRI)")
-        elif not self.intents.take(kind, item):
+        elif not self.intents.take(kind, item, lsn):
             raise BadLog(f"items of type {kind:#x} are not known")
 
     def _collect_buffer(self, buf: BufItem) -> None:

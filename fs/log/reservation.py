@@ -344,10 +344,13 @@ def _largest_attribute(geo: Geometry) -> Reservation:
     return setm._replace(logres=setm.logres + known["attrsetrt"].logres * blocks)
 
 
-def minimum_log_blocks(geo: Geometry) -> int:
-    """The smallest log that XFS mounts, in filesystem blocks; mkfs.xfs has further minima."""
+def minimum_log_blocks(geo: Geometry, iclog_size: int = RECORD_MAX) -> int:
+    """The smallest log that XFS mounts, in filesystem blocks; mkfs.xfs has further minima.
+
+    Programs compute it for the largest iclogs, the kernel for those of the mount.
+    """
     most = largest(geo)
-    bbs = -(-unit_bytes(geo, most.logres) * max(most.logcount, 1) // L.BB_SIZE)
+    bbs = -(-unit_bytes(geo, most.logres, iclog_size) * max(most.logcount, 1) // L.BB_SIZE)
     if geo.log_sunit > 1:
         sunit = geo.log_sunit // L.BB_SIZE
         bbs = -(-bbs // sunit) * sunit + 2 * sunit

@@ -67,6 +67,20 @@ async def find_shared(tp: Transaction, fsbno: int, n: int) -> tuple[int, int] | 
     return (geo.fsb(agno, first), last - first) if first >= 0 else None
 
 
+async def alike(tp: Transaction, fsbno: int, n: int) -> int:
+    """How many blocks at the beginning of an extent have the same number of owners."""
+    geo = tp.vol.geo
+    await tp.lock_space()
+    agno, start = geo.agno_of(fsbno), geo.agbno_of(fsbno)
+    agf = await ag.read_agf(tp, agno)
+    for record in await _around(Cursor(refcount_root(tp, agno, agf)), start, start + n):
+        if record.start > start:
+            return min(n, record.start - start)
+        if record.end > start:
+            return min(n, record.end - start)
+    return n
+
+
 def adjust(records: list[Shared], start: int, end: int, delta: int) -> list[Shared]:
     """What becomes of the records around start..end when its counts change by `delta`.
 

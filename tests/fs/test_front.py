@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ class StubVolume:
         self.shut_down = False
         self.reason = ""
         self.arena = SimpleNamespace(pressure=Pressure())
+        self.freezer = SimpleNamespace(writer=nullcontext)
 
     def shutdown(self, reason: str) -> None:
         self.shut_down, self.reason = True, reason

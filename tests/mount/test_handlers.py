@@ -119,7 +119,7 @@ def furnish(path: Path) -> None:
 async def test_an_exception_becomes_eio_and_a_shutdown(
     place: str, scratch: Path, allow_logs: AllowLogs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for pattern in ("unexpected error in", "Shutting down", "run xfs_repair"):
+    for pattern in ("unexpected error in", "Shutting down", "unmounted after a shutdown"):
         allow_logs(pattern)
     image, where = support.mkfs(scratch), scratch / "mnt"
     module, name, client = PLACES[place]
@@ -143,7 +143,7 @@ async def test_an_exception_becomes_eio_and_a_shutdown(
 async def test_a_bug_in_the_background_is_a_shutdown(
     scratch: Path, allow_logs: AllowLogs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for pattern in ("background task failed", "Shutting down", "run xfs_repair"):
+    for pattern in ("background task failed", "Shutting down", "unmounted after a shutdown"):
         allow_logs(pattern)
     image, where = support.mkfs(scratch), scratch / "mnt"
 

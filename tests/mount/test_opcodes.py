@@ -403,7 +403,7 @@ def test_lanes_and_pyfuse3_show_the_same_files(scratch: Path) -> None:
 
 
 async def test_a_shutdown_by_ioctl(scratch: Path, allow_logs: AllowLogs) -> None:
-    for pattern in ("user-initiated shutdown", "run xfs_repair"):
+    for pattern in ("User initiated shutdown", "unmounted after a shutdown"):
         allow_logs(pattern)
     image, where = support.mkfs(scratch), scratch / "mnt"
     word = struct.pack("=I", ioctl.GOING_DEFAULT)

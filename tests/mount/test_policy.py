@@ -27,7 +27,7 @@ from tests.mount.test_handlers import away, error_of, served
 
 CONTENT = bytes(range(256)) * 800
 NO_MEMORY_LOGS = "page allocation failure"
-SHUTDOWN_LOGS = f"{NO_MEMORY_LOGS}|xfs_trans_cancel|Shutting down|run xfs_repair"
+SHUTDOWN_LOGS = f"{NO_MEMORY_LOGS}|xfs_trans_cancel|Shutting down|unmounted after a shutdown"
 FRONTS = ("lanes=0", "lanes=2")
 
 
