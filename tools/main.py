@@ -202,6 +202,51 @@ def lab(
 
 
 @app.command()
+def crash(
+    seeds: Annotated[str, typer.Option(help="A..B, or one number.")] = "1..20",
+    points: Annotated[int, typer.Option(help="Crashes of each load.")] = 6,
+    geometry: Annotated[
+        list[str] | None, typer.Option(help="Of tools/crash/campaign.py; repeat. [all]")
+    ] = None,
+    ops: Annotated[int, typer.Option(help="Operations of each of three workers.")] = 120,
+    size: Annotated[str, typer.Option(help="Of the images; 0: as small as can be.")] = "0",
+    only: Annotated[int | None, typer.Option(help="Run this one point of each seed.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Where images of failures stay.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Without xfs_db's check.")] = False,
+    kill: Annotated[int, typer.Option(help="Instead: rounds of kill -9 of a mount.")] = 0,
+) -> None:
+    """Cut off seeded loads, recover with our log code and the kernel's, and look what is there.
+
+    What an fsync promised must be there, each file be at a state that it had, both recoveries be
+    equal, and xfs_repair find nothing.
+    """
+    from tools.crash import campaign
+    from tools.crash import kill as killing
+    from tools.targets import size_of
+
+    first, _, last = seeds.partition("..")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise UserError(f"{seeds!r} is no range of seeds: write 1..20", 2)
+    chosen = range(int(first), int(last or first) + 1)
+    unknown = set(geometry or ()) - set(campaign.GEOMETRIES)
+    if unknown:
+        known = ", ".join(campaign.GEOMETRIES)
+        raise UserError(f"no geometry {', '.join(unknown)}; there are: {known}", 2)
+    geometries = tuple(geometry or campaign.GEOMETRIES)
+    if kill:
+        failed = killing.run(killing.Plan(kill, chosen.start, keep=keep), typer.echo)
+    else:
+        plan = campaign.Plan(
+            *(chosen, points, geometries, ops, only, keep, not quick, size_of(size))
+        )
+        outcome = campaign.run(plan, typer.echo)
+        typer.echo(outcome.line())
+        failed = len(outcome.failures)
+    if failed:
+        raise typer.Exit(EXIT_DIFFERENCE)
+
+
+@app.command()
 def throttle(
     seconds: Annotated[float, typer.Option(help="Of each half.")] = 30.0,
     writers: Annotated[int, typer.Option(help="Processes, each with a file.")] = 8,

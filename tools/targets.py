@@ -189,19 +189,10 @@ def _end(mount: OurMount) -> int:
         raise TargetError(f"the daemon of {mount.path} did not end in {EXIT_S:.0f} s") from None
 
 
-@contextmanager
-def ours(
-    image: Path,
-    where: Path,
-    memory: str = "256M",
-    cache: str = "none",
-    options: str = "",
-    launcher: Sequence[str] = (),
-) -> Iterator[OurMount]:
-    """Mount `image` at `where`; leaving unmounts and demands that the daemon exits with 0.
-
-    `launcher`: words before the daemon's command line.
-    """
+def start(
+    image: Path, where: Path, memory: str, cache: str, options: str, launcher: Sequence[str] = ()
+) -> OurMount:
+    """Start a daemon for `image` at `where`; it does not answer yet. Whoever starts it ends it."""
     where.mkdir(parents=True, exist_ok=True)
     log = image.with_name(image.name + ".log")
     words = ["mount", "-f", "--memory", memory, "-o", f"cache={cache}"]
@@ -218,17 +209,46 @@ def ours(
             start_new_session=True,  # the terminal's Ctrl-C is for us, who end it
         )
     note = f"cache={cache} memory={memory}"
-    mount = OurMount("nofailfs", where, note, image=image, memory=memory, process=process, log=log)
+    return OurMount("nofailfs", where, note, image=image, memory=memory, process=process, log=log)
+
+
+@contextmanager
+def killed(image: Path, where: Path, memory: str) -> Iterator[OurMount]:
+    """Mount `image` at `where`; leaving kills the daemon, and takes the dead mount away."""
+    mount = start(image, where, memory, "none", "")
+    try:
+        _wait_ready(mount)
+        yield mount
+    finally:
+        mount.process.kill()
+        mount.process.wait()
+        unmount(where)
+
+
+@contextmanager
+def ours(
+    image: Path,
+    where: Path,
+    memory: str = "256M",
+    cache: str = "none",
+    options: str = "",
+    launcher: Sequence[str] = (),
+) -> Iterator[OurMount]:
+    """Mount `image` at `where`; leaving unmounts and demands that the daemon exits with 0.
+
+    `launcher`: words before the daemon's command line.
+    """
+    mount = start(image, where, memory, cache, options, launcher)
     try:
         _wait_ready(mount)
         yield mount
     except BaseException:
         unmount(where)
-        _stop(process)
+        _stop(mount.process)
         raise
     status = _end(mount)
     if status:
-        tail = log.read_text(errors="replace")[-4000:]
+        tail = mount.log.read_text(errors="replace")[-4000:]
         raise TargetError(f"the daemon ended with {status}: {tail}")
 
 

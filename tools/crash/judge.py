@@ -1,0 +1,152 @@
+"""Recovery by both: what is in an image after ours, and after the kernel's, and is it sound.
+
+Each works on a copy. What they left is read through a kernel mount (read-only, without recovery,
+for ours), so that nobody is judged by himself; xfs_repair -n and `xfs_db check` must find nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from fs.device.image import ImageFile
+from fs.volume import Volume
+from tools import targets
+from tools.crash.disk import data_ranges
+from tools.crash.model import DIRECTORY, FILE, SYMLINK, Entry, Found, Tree
+
+KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
+# With these mkfs.xfs makes images, and logs, that are smaller than it thinks good for people.
+SMALL = {"TEST_DIR": "/", "TEST_DEV": "/", "QA_CHECK_FS": "1"}
+
+
+def format_small(path: Path, size: int, words: Sequence[str]) -> None:
+    """An image of `size` bytes with the smallest log that mkfs.xfs makes."""
+    with open(path, "wb") as image:
+        image.truncate(size)
+    command = [targets.find_tool("mkfs.xfs"), "-q", "-f", *words, str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **SMALL}, timeout=60
+    )
+    if done.returncode:
+        raise targets.TargetError(f"mkfs.xfs {' '.join(words)}: {done.stderr.strip()}")
+
+
+def copy_image(source: Path, target: Path) -> None:
+    """A sparse copy."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        size = os.fstat(old.fileno()).st_size
+        new.truncate(size)
+        for start, end in data_ranges(old.fileno(), size):
+            os.pwrite(new.fileno(), os.pread(old.fileno(), end - start, start), start)
+
+
+def survey(root: Path) -> Tree:
+    """Everything below a mount point, and the mount point as b""."""
+    tree: Tree = {}
+    first: dict[int, bytes] = {}
+    pending, top = [b""], os.fsencode(root)
+    paths = []
+    while pending:
+        path = pending.pop()
+        paths.append(path)
+        where = top + b"/" + path
+        if stat.S_ISDIR(os.lstat(where).st_mode):
+            pending += [path + b"/" + name if path else name for name in os.listdir(where)]
+    for path in sorted(paths):
+        tree[path] = _look(top + b"/" + path, path, first)
+    return tree
+
+
+def _look(where: bytes, path: bytes, first: dict[int, bytes]) -> Found:
+    status = os.lstat(where)
+    kind = KINDS.get(stat.S_IFMT(status.st_mode), "special")
+    target = os.readlink(where) if kind == SYMLINK else b""
+    data = Path(os.fsdecode(where)).read_bytes() if kind == FILE else b""
+    names = [] if kind == SYMLINK else os.listxattr(where, follow_symlinks=False)
+    xattrs = frozenset(
+        (os.fsencode(name), os.getxattr(where, name, follow_symlinks=False)) for name in names
+    )
+    mate = first.setdefault(status.st_ino, path)
+    entry = Entry(kind, status.st_mode, status.st_nlink, xattrs, target, mate)
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return Found(entry, status.st_ino, status.st_size, times, data)
+
+
+def by_kernel(image: Path, where: Path) -> Tree:
+    """The kernel recovers an image; what is there then. Raises TargetError."""
+    with targets.kernel_xfs(image, where, "loop,nouuid,noatime") as target:
+        return survey(target.path)
+
+
+def by_us(image: Path, where: Path, log: logging.Logger) -> Tree:
+    """We do. Raises whatever a mount would refuse with."""
+
+    async def recover() -> None:
+        device = ImageFile(str(image))
+        try:
+            async with Volume.open(device, 32 << 20, log=log, paranoid=True) as vol:
+                assert not vol.shut_down, vol.shutdown_reason
+            assert not vol.shut_down, vol.shutdown_reason
+        finally:
+            device.close()
+
+    trio.run(recover)
+    with targets.kernel_xfs(image, where, "loop,nouuid,ro,norecovery") as target:
+        return survey(target.path)
+
+
+def faults(image: Path, *, thorough: bool) -> list[str]:
+    """What xfs_repair -n, and `xfs_db check` if it is to be thorough, have to say."""
+    clean, text = targets.repair(image)
+    found = [] if clean else [f"xfs_repair -n: {_short(text)}"]
+    if thorough:
+        command = [targets.find_tool("xfs_db"), "-r", "-c", "check", str(image)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        text = done.stdout + done.stderr
+        if done.returncode or text.strip():
+            found.append(f"xfs_db check: {_short(text)}")
+    return found
+
+
+def _short(text: str) -> str:
+    usual = ("Phase", "        -", "No modify", "- ", "Inode allocation btrees")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(usual)]
+    return " | ".join(lines[:8])
+
+
+def differences(ours: Tree, kernels: Tree) -> list[str]:
+    """Where the two recoveries do not agree."""
+    found = []
+    for path in sorted(ours.keys() | kernels.keys()):
+        one, two = ours.get(path), kernels.get(path)
+        if one is None or two is None:
+            found.append(f"{path!r} is there only after {'ours' if one else 'the kernel'}")
+        elif one != two:
+            fields = [f for f in vars(one) if getattr(one, f) != getattr(two, f)]
+            text = [f"{f} {getattr(one, f)!r:.80} {getattr(two, f)!r:.80}" for f in fields]
+            found.append(f"{path!r} differs, ours and the kernel's: {'; '.join(text)}")
+    return found
+
+
+def keep(image: Path, directory: Path, name: str) -> Path:
+    """A copy that stays."""
+    directory.mkdir(parents=True, exist_ok=True)
+    copy_image(image, directory / name)
+    return directory / name
+
+
+def remove(path: Path) -> None:
+    """A scratch file or directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
