@@ -66,6 +66,7 @@ class Log:
         self.cil = Cil(vol, self.vectors, self.grant.context)
         self._wake = trio.Event()
         self._wanted = 0  # checkpoint that somebody waits for
+        self._going = 0  # where the checkpoint begins that is being written, 0: none is
         self._moved = trio.Event()  # a checkpoint became stable, or none will any more
         self.counts = {"checkpoints": 0, "forces": 0, "waits": 0, "bytes": 0}
 
@@ -165,9 +166,8 @@ class Log:
     async def _write(self) -> None:
         """One checkpoint: all that is in the CIL."""
         vol = self._vol
-        batch, tail = self.cil.seal(), self.ail.tail()
-        if not tail:
-            tail = self.stream.head
+        self._going = self.stream.head
+        batch, tail = self.cil.seal(), self.ail.tail() or self._going
         try:
             await vol.dev.flush()
             before = self.stream.head
@@ -179,6 +179,7 @@ class Log:
             return
         self.cil.settle(batch, lsn)
         batch.ticket.release()
+        self._going = 0
         self.counts["checkpoints"] += 1
         self.moved_tail()
         self._announce()
@@ -199,8 +200,11 @@ class Log:
         self._vol.wake_metadata()
 
     def moved_tail(self) -> None:
-        """Objects went home: whoever waits for space may have it now."""
-        self.grant.moved_tail(self.ail.tail() or self.stream.head)
+        """Objects went home: whoever waits for space may have it now.
+
+        A checkpoint that is on its way is held by nobody yet, and is not passed.
+        """
+        self.grant.moved_tail(self.ail.tail() or self._going or self.stream.head)
 
     def recovered(self) -> None:
         """All that the old log asked for is done, and at home."""
