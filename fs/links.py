@@ -132,10 +132,12 @@ async def new_inode(
 ) -> Inode:
     """A new inode near a directory, which some of its core comes from: one reference.
 
-    Raises OSError(ENOSPC) with nothing changed. The caller logs the inode when it is complete.
+    Its ILOCK is the transaction's, so that nobody takes it home before that is committed. Raises
+    OSError(ENOSPC) with nothing changed. The caller logs the inode when it is complete.
     """
     ino, gen = await inobt.alloc(tp, dp.ino, stat.S_ISDIR(mode))
     ip = await tp.vol.inodes.create(ino, gen)
+    tp.lock_new(ip)
     now = stamp.now()
     residentname.fill(tp.vol.resident, dp.handle, ip.handle, mode, uid, gid, rdev, now)
     return ip

@@ -175,6 +175,12 @@ class Transaction:
         assert not self._space_locked
         await self._lock(inodes, shared=False)
 
+    def lock_new(self, ip: Inode) -> None:
+        """ILOCK an inode that was just made, which nobody else can have: it stays until the end."""
+        taken = self.vol.ilocks.try_acquire(ip.handle, shared=False)
+        assert taken, f"new inode {ip.ino} is locked"
+        self._locked.append(ip.handle)
+
     async def lock_space(self) -> None:
         """The AG lock: AG headers, all trees in AGs, unlinked lists. Idempotent."""
         if not self._space_locked:
