@@ -30,7 +30,7 @@ from fs.cache import radix
 from fs.cache.blocks import MAPPED, RESERVED
 from fs.cache.inode import Inode
 from fs.cache.lock import FOLIO_WRITEBACK
-from fs.xfs import bmap, freespace, refcount
+from fs.xfs import bmap, freespace, refcount, rmap
 from fs.xfs import layout as L
 from fs.xfs.owner import Owner
 from writeback import errseq
@@ -38,6 +38,7 @@ from writeback.ioend import Ioend
 from writeback.mapping import INODE_DIRTY
 
 if TYPE_CHECKING:
+    from fs.log.transaction import Transaction
     from fs.volume import Volume
 
 IN_PLACE, CONVERT, COPY = 0, 1, 2
@@ -237,7 +238,10 @@ async def _unshare(vol: Volume, ip: Inode, m: bmap.Mapping) -> list[Segment]:
 async def _copy_blocks(
     vol: Volume, ip: Inode, offset: int, near: int, count: int
 ) -> list[Segment]:
-    """New blocks that will take the place of shared ones when their data is written."""
+    """New blocks that will take the place of shared ones when their data is written.
+
+    Until then the log says that they are staged: after a crash recovery frees them.
+    """
     pages = vol.pages
     segments = []
     while count:
@@ -249,8 +253,9 @@ async def _copy_blocks(
             used = 0
             try:
                 fsbno, got = await freespace.alloc(
-                    tp, near=near, minlen=1, maxlen=count, owner=Owner(ip.ino, offset)
+                    tp, near=near, minlen=1, maxlen=count, owner=Owner(rmap.OWN_COW)
                 )
+                await refcount.stage(tp, fsbno, got)
                 used = pages.change_range(
                     ip.handle, offset, offset + got, remove=RESERVED, count=RESERVED
                 )
@@ -346,7 +351,7 @@ async def _edit_map(vol: Volume, ip: Inode, edits: list[Segment], size: int) -> 
                 if s.then == CONVERT:
                     await bmap.convert(tp, ip, s.offset, s.count)
                 else:
-                    await bmap.remap(tp, ip, bmap.Mapping(s.offset, s.fsbno, s.count))
+                    await _map_copy(tp, ip, s)
         finally:
             delalloc.give_back(tp, ip, 0, tree)
         if done == len(edits):
@@ -354,6 +359,14 @@ async def _edit_map(vol: Volume, ip: Inode, edits: list[Segment], size: int) -> 
         state["map_seq"] += 1
         tp.log_inode(ip)
     del edits[:done]
+
+
+async def _map_copy(tp: Transaction, ip: Inode, s: Segment) -> None:
+    """Staged blocks take the place of shared ones."""
+    await refcount.unstage(tp, s.fsbno, s.count)
+    await rmap.unmap(tp, s.fsbno, s.count, Owner(rmap.OWN_COW))
+    await bmap.remap(tp, ip, bmap.Mapping(s.offset, s.fsbno, s.count))
+    await rmap.map(tp, s.fsbno, s.count, Owner(ip.ino, s.offset))
 
 
 async def _abandon_copies(vol: Volume, ip: Inode, segments: list[Segment]) -> None:
@@ -368,7 +381,8 @@ async def _abandon_copies(vol: Volume, ip: Inode, segments: list[Segment]) -> No
             async with vol.transaction("copy on write, cancelled") as tp:
                 while done < len(copies) and (not done or tp.has_room):
                     s = copies[done]
-                    await freespace.free(tp, s.fsbno, s.count, Owner(ip.ino, s.offset))
+                    await refcount.unstage(tp, s.fsbno, s.count)
+                    await freespace.free(tp, s.fsbno, s.count, Owner(rmap.OWN_COW))
                     done += 1
             del copies[:done]
 

@@ -101,7 +101,8 @@ class Worst(Costs):
 
     def convert(self) -> int:
         """One extent becomes written, or a copy takes its place."""
-        return self.record(DATA) + self.owned() + max(self.unmap(), 2 * self.record(DATA))
+        copied = self.unmap() + self.leftover() + self.owned()
+        return self.record(DATA) + self.owned() + max(copied, 2 * self.record(DATA))
 
     # -- inodes ---------------------------------------------------------------------------------
 
@@ -250,8 +251,8 @@ PLANS: dict[str, Plan] = {
     "attr_rm": Plan("attrrm", Worst.remove_attribute, Worst.unmap_attr),
     "attr_set": Plan("attrsetm", Worst.set_attribute),
     "collapse": Plan("itruncate", Worst.tall_data, Worst.shift),
-    "copy on write": Plan("write", Worst.change),
-    "copy on write, cancelled": Plan("itruncate", Worst.nothing, Worst.change),
+    "copy on write": Plan("write", Worst.leftover),
+    "copy on write, cancelled": Plan("itruncate", Worst.nothing, Worst.leftover),
     "cow leftovers": Plan("write", Worst.leftover),
     "create": Plan("symlink", Worst.make),
     "create now": Plan("ichange", Worst.make_now),

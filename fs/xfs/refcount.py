@@ -2,8 +2,9 @@
 
 The reference count tree of an AG (XFS format: refcountbt) has a record only for blocks that two or
 more files' data map; what it does not mention has one owner. Neighbours with the same count are
-one record. Records with bit 31 set in their start belong to copy-on-write staging of an earlier
-mount; they lie behind all others in the order. Recovery takes them back; we make none.
+one record. Records with bit 31 set in their start belong to copy-on-write staging: blocks that
+will take the place of shared ones when their data is written. They lie behind all others in the
+order. Those that a crash left behind are freed by recovery.
 
 `increase` and `decrease` take an extent inside one AG. They read the records around it, compute
 what should be there and apply the difference. Locking: under the space lock, which they take.
@@ -179,7 +180,7 @@ async def drop(tp: Transaction, fsbno: int, n: int) -> None:
         await freespace.free(tp, geo.fsb(agno, at), end - at, None)
 
 
-# -- copy-on-write staging, which only recovery meets ---------------------------------------------
+# -- copy-on-write staging: what the log knows of copies that nobody maps yet ---------------------
 
 
 async def first_staged(tp: Transaction, agno: int) -> tuple[int, int] | None:
