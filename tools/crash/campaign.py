@@ -33,7 +33,8 @@ GEOMETRIES: dict[str, tuple[tuple[str, ...], int]] = {
     "4k sectors": (("-s", "size=4096"), 64),
     "no reflink": (("-m", "reflink=0"), 48),
 }
-READ = 32768
+READ = 32768  # bytes, with the superblock
+RECORD = b"\xfe\xed\xba\xbe"  # how a record of the log begins; then its cycle
 LOG = logging.getLogger("nofailfs.crash")
 
 
@@ -49,6 +50,7 @@ class Plan:
     keep: Path | None = None  # where images of failures go
     thorough: bool = True
     size: int = 0  # of the image, in bytes; 0: the geometry's
+    first: bool = False  # end with the first failure
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Recorded:
     model: Model
     record: Record
     tearing: Tearing
+    cycle: int  # of the log, at the end: how often it began at its start again
 
 
 def record(geometry: str, seed: int, plan: Plan, scratch: Path) -> Recorded:
@@ -114,7 +117,14 @@ def record(geometry: str, seed: int, plan: Plan, scratch: Path) -> Recorded:
     geo = superblock.geometry(superblock.read(raw, base.stat().st_size))
     disk = Disk(base, seed)
     model, rec = load.run(load.Plan(seed, plan.ops), disk, LOG)
-    return Recorded(geometry, seed, base, model, rec, Tearing(geo))
+    tearing = Tearing(geo)
+    return Recorded(geometry, seed, base, model, rec, tearing, _cycle(rec, tearing.log))
+
+
+def _cycle(rec: Record, log: range) -> int:
+    """The cycle that the last record of the log names."""
+    heads = (w.data[4:8] for w in rec.writes if w.offset in log and w.data[:4] == RECORD)
+    return max((int.from_bytes(head, "big") for head in heads), default=0)
 
 
 @dataclass
@@ -212,36 +222,51 @@ def run(plan: Plan, say: Callable[[str], None]) -> Outcome:
     outcome = Outcome()
     with targets.scratch_dir() as scratch:
         for geometry, seed in _loads(plan):
-            try:
-                recorded = record(geometry, seed, plan, scratch)
-            except Exception:
-                problems = traceback.format_exc(limit=-12).splitlines()
-                failure = Failure(geometry, seed, -1, 0, problems[-20:], [])
-                outcome.failures.append(failure)
-                for line in failure.lines():
-                    say(line)
-                continue
-            outcome.runs += 1
-            outcome.writes += len(recorded.record.writes)
-            outcome.acks += len(recorded.model.acks)
-            numbers = range(plan.points) if plan.only is None else [plan.only]
-            failed = 0
-            for number in numbers:
-                point = draw(recorded, number)
-                problems = examine(recorded, point, plan, scratch)
-                outcome.points += 1
-                outcome.torn += point.torn
-                if problems:
-                    failed += 1
-                    fates = point.fates(recorded.tearing.log)
-                    failure = Failure(geometry, seed, number, point.moment, problems, fates)
-                    outcome.failures.append(failure)
-                    for line in failure.lines():
-                        say(line)
-            rec = recorded.record
-            say(
-                f"{geometry}, seed {seed}: {len(rec.writes)} writes, {len(rec.flushes)} flushes, "
-                f"{len(recorded.model.acks)} syncs acknowledged, {failed} of {len(numbers)} points "
-                "failed"
-            )
+            _one_load(geometry, seed, plan, scratch, outcome, say)
+            if plan.first and outcome.failures:
+                break
     return outcome
+
+
+def _one_load(
+    geometry: str,
+    seed: int,
+    plan: Plan,
+    scratch: Path,
+    outcome: Outcome,
+    say: Callable[[str], None],
+) -> None:
+    """All points of one load."""
+
+    def fail(point: int, moment: int, problems: list[str], fates: list[str]) -> None:
+        failure = Failure(geometry, seed, point, moment, problems, fates)
+        outcome.failures.append(failure)
+        for line in failure.lines():
+            say(line)
+
+    try:
+        recorded = record(geometry, seed, plan, scratch)
+    except Exception:
+        fail(-1, 0, traceback.format_exc(limit=-12).splitlines()[-20:], [])
+        return
+    rec, syncs = recorded.record, len(recorded.model.acks)
+    outcome.runs += 1
+    outcome.writes += len(rec.writes)
+    outcome.acks += syncs
+    before = len(outcome.failures)
+    numbers = range(plan.points) if plan.only is None else [plan.only]
+    for number in numbers:
+        point = draw(recorded, number)
+        problems = examine(recorded, point, plan, scratch)
+        outcome.points += 1
+        outcome.torn += point.torn
+        if problems:
+            fail(number, point.moment, problems, point.fates(recorded.tearing.log))
+            if plan.first:
+                break
+    failed = len(outcome.failures) - before
+    say(
+        f"{geometry}, seed {seed}: {len(rec.writes)} writes, {len(rec.flushes)} flushes, {syncs} "
+        f"syncs acknowledged, log in cycle {recorded.cycle}, {failed} of {len(numbers)} points "
+        "failed"
+    )
