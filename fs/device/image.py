@@ -7,6 +7,9 @@ block device is told.
 
 Transfers that `direct.py` takes pass the page cache by. One that the kernel refuses then is done
 again through the cache, from its beginning: it may have been done in part.
+
+A flush is stable for what was written before it began. When nothing was since the last one, it has
+nothing to do: `_changes` counts writes as they end, whether they failed or not.
 """
 
 from __future__ import annotations
@@ -93,6 +96,7 @@ class ImageFile:
         self._direct = ways.reopen(self._fd, direct, read_only=read_only)
         self.size = os.lseek(self._fd, 0, os.SEEK_END)
         self._threads = trio.CapacityLimiter(IO_THREADS)
+        self._changes, self._stable = 1, 0  # whoever had it before may not have flushed
         self.sizes = Sizes()
 
     def fileno(self) -> int:
@@ -120,7 +124,7 @@ class ImageFile:
     async def write(self, offset: int, views: Views) -> None:
         assert not self.read_only
         self.sizes.note(WRITE, views)
-        if await self._run(partial(self._write, offset, views)):
+        if await self._change(partial(self._write, offset, views)):
             self.sizes.note_direct(WRITE, views)
 
     def _read(self, offset: int, views: Views) -> bool:
@@ -146,11 +150,19 @@ class ImageFile:
 
     async def discard(self, offset: int, length: int) -> None:
         assert not self.read_only
-        await self._run(partial(_discard, self._fd, offset, length))
+        await self._change(partial(_discard, self._fd, offset, length))
 
     async def flush(self) -> None:
-        if not self.read_only:
+        changes = self._changes
+        if not self.read_only and changes > self._stable:
             await self._run(partial(os.fdatasync, self._fd))
+            self._stable = max(self._stable, changes)
+
+    async def _change(self, call: Callable[[], Found]) -> Found:
+        try:
+            return await self._run(call)
+        finally:
+            self._changes += 1
 
     async def _run(self, call: Callable[[], Found]) -> Found:
         return await trio.to_thread.run_sync(call, limiter=self._threads)

@@ -93,7 +93,7 @@ class Batch(NamedTuple):
 # -- kernels --------------------------------------------------------------------------------------
 
 
-def _tables(*rest: Any):
+def _tables(*rest: Any) -> Any:
     return lambda: (np.zeros(1, ITEM), np.zeros(1, BUF), np.zeros(1, INODE), *rest)
 
 

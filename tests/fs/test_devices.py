@@ -235,3 +235,44 @@ async def test_a_failed_write_harms_no_other_file(
         lost = bytes(await file.read(vol, a, 0, 100_000))
         assert set(lost) <= set(b"aA")
         assert bytes(await file.read(vol, a, 200_000, 5)) == b"again"
+
+
+async def test_a_flush_that_has_nothing_to_do_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing since the last one that ended well; what is written meanwhile is for the next."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(1 << 16))
+    device = ImageFile(str(path))
+    calls: list[int] = []
+    during: list[Callable[[], None]] = []
+
+    def sync(fd: int) -> None:
+        calls.append(fd)
+        while during:
+            during.pop()()
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "sync")
+
+    monkeypatch.setattr("os.fdatasync", sync)
+
+    async def flushes() -> int:
+        before = len(calls)
+        await device.flush()
+        return len(calls) - before
+
+    assert [await flushes() for _ in range(2)] == [1, 0]  # what was there before, then nothing
+    await device.write(0, views(b"1" * SECTOR))
+    assert [await flushes() for _ in range(2)] == [1, 0]
+    await device.discard(4096, 4096)
+    assert [await flushes() for _ in range(2)] == [1, 0]
+    await device.write(0, views(b"2" * SECTOR))
+    during.append(lambda: trio.from_thread.run(device.write, 0, views(b"3" * SECTOR)))
+    assert [await flushes() for _ in range(3)] == [1, 1, 0]
+    await device.write(0, views(b"4" * SECTOR))
+    during.append(fail)
+    with pytest.raises(OSError, match="sync"):
+        await device.flush()
+    assert [await flushes() for _ in range(2)] == [1, 0]
+    device.close()
