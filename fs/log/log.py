@@ -202,9 +202,10 @@ class Log:
     def moved_tail(self) -> None:
         """Objects went home: whoever waits for space may have it now.
 
-        A checkpoint that is on its way is held by nobody yet, and is not passed.
+        A checkpoint that is on its way is held by nobody yet, and is not passed; nor is the end of
+        what was granted by the record that ends the log.
         """
-        self.grant.moved_tail(self.ail.tail() or self._going or self.stream.head)
+        self.grant.moved_tail(self.ail.tail() or self._going or self.grant.head)
 
     def recovered(self) -> None:
         """All that the old log asked for is done, and at home."""
