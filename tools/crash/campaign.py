@@ -162,10 +162,15 @@ def draw(recorded: Recorded, number: int) -> Point:
     fates = []
     for write in unstable:
         fate = recorded.tearing.draw(rng, write)
-        if how < 0.2:
+        in_log = write.offset in recorded.tearing.log
+        if how < 0.1:  # everything that was done
             fate = Fate(WHOLE if write.done <= moment else ABSENT)
-        elif how < 0.3:
+        elif how < 0.2:
             fate = Fate(ABSENT)
+        elif how < 0.4:  # the log runs ahead, or behind
+            fate = Fate(WHOLE) if in_log else fate
+        elif how < 0.5:
+            fate = fate if in_log else Fate(WHOLE)
         fates.append((write, fate))
     return Point(number, moment, stable, fates)
 
@@ -223,7 +228,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Outcome:
     with targets.scratch_dir() as scratch:
         for geometry, seed in _loads(plan):
             _one_load(geometry, seed, plan, scratch, outcome, say)
-            if plan.first and outcome.failures:
+            if plan.first and any(failure.point >= 0 for failure in outcome.failures):
                 break
     return outcome
 
