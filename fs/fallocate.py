@@ -105,11 +105,21 @@ async def _allocate(vol: Volume, ip: Inode, offset: int, end: int) -> None:
     """Unwritten extents for all holes in the blocks of a range."""
     log = vol.geo.block_log
     at, last = offset >> log, ((end - 1) >> log) + 1
-    ip.flags |= L.DIFLAG_PREALLOC
+    await _keep_what_is_allocated(vol, ip)
     await truncate.write_out(vol, ip, at << log, last << log)
     while at < last:
         await trio.lowlevel.checkpoint()
         at = await prealloc.have(vol, ip, at, last)
+
+
+async def _keep_what_is_allocated(vol: Volume, ip: Inode) -> None:
+    """Mark the file as one whose blocks past the end are meant to be there."""
+    if ip.flags & L.DIFLAG_PREALLOC:
+        return
+    async with vol.transaction("setattr") as tp:
+        await tp.lock_inodes(ip)
+        ip.flags |= L.DIFLAG_PREALLOC
+        tp.log_inode(ip)
 
 
 async def _punch(vol: Volume, ip: Inode, offset: int, end: int) -> None:
@@ -123,20 +133,22 @@ async def _punch(vol: Volume, ip: Inode, offset: int, end: int) -> None:
     if first < last:
         with trio.CancelScope(shield=True):
             await truncate.drop_folios(vol, ip, first << log, last << log)
-            if ip.disk_size < ip.size <= last << log:
+            size = ip.disk_size
+            if size < ip.size <= last << log:
                 # The write-back that would have moved the size on the device was dropped.
-                await truncate.write_out(vol, ip, ip.disk_size, ip.size)
-                ip.disk_size = ip.size
-            await _unmap(vol, ip, first, last)
+                await truncate.write_out(vol, ip, size, ip.size)
+                size = ip.size
+            await _unmap(vol, ip, first, last, size)
 
 
-async def _unmap(vol: Volume, ip: Inode, first: int, last: int) -> None:
-    """Free the blocks of a range that nothing is cached of."""
+async def _unmap(vol: Volume, ip: Inode, first: int, last: int, size: int = 0) -> None:
+    """Free the blocks of a range that nothing is cached of; data is stable up to `size`."""
     done = False
     while not done:
         await trio.lowlevel.cancel_shielded_checkpoint()
         async with vol.transaction("punch", prealloc.tree_blocks(vol), from_pool=True) as tp:
             await tp.lock_inodes(ip)
+            ip.disk_size = max(ip.disk_size, size)
             done = await bmap.unmap(tp, ip, first, last - first)
             tp.log_inode(ip)
             prealloc.changed_map(tp, ip)

@@ -228,7 +228,7 @@ async def _fill(world: World, where: str, last: str = "") -> None:
 DIFFERENCES = {
     # New inodes have an empty attribute fork there, which the superblock has to know of; ours get
     # one with their first attribute, and the superblock is logged then.
-    "first of all": Counter({"SB of 1": 1}),
+    "first of all": Counter({"SB": 1}),
 }
 
 
@@ -247,6 +247,7 @@ TYPES = {
     for name, number in vars(blocks).items()
     if name.isupper() and isinstance(number, int) and 4 <= number <= blocks.SB
 }
+HEADERS = {blocks.AGF, blocks.AGFL, blocks.AGI, blocks.SB}  # of a sector each
 INTENTS = {items.EFI, items.EFD, *range(items.RUI, items.ATTRD + 1)}
 
 
@@ -314,6 +315,8 @@ class Reader:
             return f"CANCEL of {buf.bbs}"
         if buf.flags & items.INODE_BUF:
             return "POINTERS"
+        if buf.kind in HEADERS:
+            return TYPES[buf.kind]
         if buf.kind != blocks.BTREE:
             return f"{TYPES[buf.kind]} of {buf.bbs}"
         first = buf.runs[0][1] if buf.runs[0][0] == 0 else self._block(buf.daddr)
