@@ -55,6 +55,7 @@ from writeback.flusher import Flusher
 MOUNT_FAILED = 32
 SUPERBLOCK_READ = 32768  # the largest sector
 METADATA_PERIOD_S = 30.0  # dirty metadata goes home at least this often
+COVER_PERIOD_S = 30.0  # a log that stood still for so long is covered
 METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
 RESTART_S = 1.0  # between a background task's failure and its next attempt
@@ -220,6 +221,7 @@ class Volume:
             await self.xlog.start()
             nursery.start_soon(self._in_background, self.xlog.run)
             nursery.start_soon(self._in_background, self._metadata_writer)
+            nursery.start_soon(self._in_background, self._cover_when_idle)
             nursery.start_soon(self._in_background, self.flusher.run)
             nursery.start_soon(self._in_background, self.eofblocks.run)
         nursery.start_soon(self._in_background, self.ahead.run)
@@ -312,6 +314,18 @@ class Volume:
         for _ in range(2):
             await self._log_counters()
             await self.flush_metadata()
+
+    async def _cover_when_idle(self) -> None:
+        """Cover the log when nobody has changed anything for a while: no mount has to replay it."""
+        covered = before = 0
+        while True:
+            await trio.sleep(COVER_PERIOD_S)
+            stable = self.bufs.ail.stable
+            idle = stable == before and not self.running and not self.xlog.cil.count
+            before = stable
+            if stable > covered and idle and not self.freezer.level and not self.shut_down:
+                await self.cover_log()
+                covered = before = self.bufs.ail.stable
 
     async def _log_counters(self) -> None:
         """The superblock's counters, which a running filesystem keeps in the AG headers."""
