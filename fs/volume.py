@@ -56,7 +56,6 @@ MOUNT_FAILED = 32
 SUPERBLOCK_READ = 32768  # the largest sector
 METADATA_PERIOD_S = 30.0  # dirty metadata goes home at least this often
 COVER_PERIOD_S = 30.0  # a log that stood still for so long is covered
-METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
 DIRTY_INODE_BYTES = 1024  # what a dirty inode keeps from reclaim: record and forks
 RESTART_S = 1.0  # between a background task's failure and its next attempt
 METADATA = "metadata"  # to the lock-order validator: transactions wait for the metadata writer
@@ -440,7 +439,7 @@ class Volume:
 
     def _metadata_is_crowding(self) -> bool:
         dirty = self.bufs.dirty_bytes + self.inodes.dirty_count * DIRTY_INODE_BYTES
-        return dirty > self.arena.memory_bytes // METADATA_SHARE or self.bufs.ail.is_crowded
+        return dirty > self.arena.memory_bytes // bounds.METADATA_SHARE or self.bufs.ail.is_crowded
 
     def enter(self) -> None:
         """A write transaction began."""

@@ -1,15 +1,17 @@
 """How large things of the log are, and how much memory it may pin: asked when an image is mounted.
 
-What a checkpoint collects is in memory twice: the changed objects, which are pinned until it is
-stable, and the vectors that are to be written. One checkpoint is written while the next one is
-collected. Transactions begin while that has up to two limits; the largest one may come on top. So
-the most that is pinned, and that no reclaim can free, grows with the limit, which is a share of
-memory, and has a part that does not: that part needs a memory of some size.
+Changed objects are pinned until their checkpoint is stable; how much metadata may be dirty when a
+transaction begins is bounded. Beside them are the vectors of two checkpoints, one that is written
+and one that is collected; transactions begin while that has up to two limits. The largest
+transaction may come on top each time. So the most that is pinned, and that no reclaim can free, is
+a share of memory and a part that does not grow with it: that part needs a memory of some size.
 
 Units: bytes. Pure functions of the image's geometry.
 """
 
 from __future__ import annotations
+
+import math
 
 from fs.log import reservation
 from fs.log.iclog import SIZE_LEAST, SIZE_MOST
@@ -21,8 +23,8 @@ MEMORY_SHARE = 32  # and of memory
 LIMIT_MOST = 32 << 20
 GATE = 2  # limits that may be collected while transactions begin
 CHECKPOINTS = 2  # one that is written, one that is collected
-COPIES = 2  # objects and vectors
-PINNED_SHARE = 2  # of memory, at most, may be pinned
+METADATA_SHARE = 8  # at most 1/8 of memory may be dirty metadata before transactions wait
+FREE_SHARE = 8  # of memory that must be left when all is pinned that can be
 MIB = 1 << 20
 
 
@@ -37,22 +39,21 @@ def limit(geo: Geometry, memory_bytes: int) -> int:
 
 
 def _fixed(geo: Geometry, logbsize: int) -> int:
-    """What may be pinned whatever the limit: iclogs, and the largest transaction, each time."""
+    """What may be pinned whatever the memory: iclogs, and three times the largest transaction."""
     largest = max(known.logres for known in reservation.table(geo).values())
-    return ICLOGS * logbsize + CHECKPOINTS * COPIES * largest
+    return ICLOGS * logbsize + (1 + CHECKPOINTS) * largest
 
 
 def pinned_most(geo: Geometry, logbsize: int, memory_bytes: int) -> int:
     """Memory that the log may pin."""
-    collected = CHECKPOINTS * COPIES * GATE * limit(geo, memory_bytes)
-    return collected + _fixed(geo, logbsize)
+    vectors = CHECKPOINTS * GATE * limit(geo, memory_bytes)
+    return memory_bytes // METADATA_SHARE + vectors + _fixed(geo, logbsize)
 
 
 def memory_least(geo: Geometry, logbsize: int) -> int:
-    """The smallest memory, in whole MiB, of which no more than PINNED_SHARE is ever pinned."""
-    scaled = CHECKPOINTS * COPIES * GATE * PINNED_SHARE
-    small = _fixed(geo, logbsize) * PINNED_SHARE * MEMORY_SHARE // (MEMORY_SHARE - scaled)
-    return -(-small // MIB) * MIB
+    """The smallest memory, in whole MiB, of which enough is left, whatever is pinned."""
+    scaled = 1 - 1 / FREE_SHARE - 1 / METADATA_SHARE - CHECKPOINTS * GATE / MEMORY_SHARE
+    return math.ceil(_fixed(geo, logbsize) / scaled / MIB) * MIB
 
 
 def iclog_bytes(geo: Geometry, asked: int) -> int:

@@ -263,7 +263,7 @@ async def test_a_writers_folio_gives_way(
             assert vol.pages.pins.count() == 0
         return await classify(vol, *args)
 
-    async with opened(support.mkfs(scratch, "-b", "size=64k"), 8 << 20) as vol, a_file(vol) as ip:
+    async with opened(support.mkfs(scratch, "-b", "size=64k"), 16 << 20) as vol, a_file(vol) as ip:
         await file.write(vol, ip, 0, CONTENT)
         await file.fsync(vol, ip)
         drop_caches(vol)

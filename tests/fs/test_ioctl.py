@@ -239,7 +239,7 @@ async def test_trim_says_how_much(scratch: Path, monkeypatch: pytest.MonkeyPatch
 async def test_a_shutdown_that_was_asked_for(
     scratch: Path, allow_logs: AllowLogs, flags: int
 ) -> None:
-    allow_logs("user-initiated shutdown|unmounted after a shutdown")
+    allow_logs("User initiated shutdown|unmounted after a shutdown")
     image = support.mkfs(scratch)
     word = ctypes.c_uint32(flags)
     caller = ROOT._replace(argument=ctypes.addressof(word))

@@ -565,7 +565,10 @@ async def test_power_failures(name: str, scratch: Path, seed: int = 1) -> None:
     vectors = Vectors(arena, random.Random(seed))
     await vectors.start()
     power = Power(device, Region(device, geometry(2000, stripe, sector)), arena, seed)
-    await closing.close(power.region, ends_at(1, 0))  # as mkfs does
+    region = power.region
+    shape = Shape.of(region.geo, logbsize)
+    await region.write(0, closing.unmount_record(region, shape, lsn_of(1, 0), 0))  # as mkfs does
+    await region.flush()
     ends = await head.find(power.region)
     for _ in range(rounds):
         ends = await power.round(ends, logbsize, vectors)

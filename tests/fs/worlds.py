@@ -23,7 +23,7 @@ from tests import kernel_tree
 
 _libc = ctypes.CDLL(None, use_errno=True)
 AT_FDCWD = -100
-FREED_AT_ONCE = 8  # looks at the counters without a change: no transaction of a chain is to come
+FREED_AT_ONCE = 30  # looks at the counters without a change: no transaction of a chain is to come
 
 
 class World(Protocol):
