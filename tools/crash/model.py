@@ -46,8 +46,9 @@ def told(data: bytes, at: int) -> str:
     part = data[at : at + SECTOR]
     if not any(part):
         return "zeros"
-    place = -(-at // CELL.itemsize) * CELL.itemsize
-    cells = np.frombuffer(data[place : place + SECTOR // 2], CELL, count=1)
+    cells = np.frombuffer(part[: len(part) // CELL.itemsize * CELL.itemsize], CELL)
+    if not len(cells):
+        return part.hex()
     return f"file {cells['file'][0]} version {cells['version'][0]} cell {cells['place'][0]}"
 
 
