@@ -593,8 +593,8 @@ class Slab:
         assert not gfp & NOFAIL, "a request that cannot fail must be allowed to wait"
         rights = buddy.RIGHTS_ALL if gfp & MEMALLOC else buddy.RIGHTS_MIN
         placed = self.arena._place() if self.arena._several else 0
-        request = self._request(gfp, placed)
-        return self._take(rights | placed) or self.arena.slow.try_now(request) or None
+        got = self._take(rights | placed)
+        return got or self.arena.slow.try_now(self._request(gfp, placed)) or None
 
     def _request(self, gfp: int, placed: int) -> Request:
         what = f"slab:{self.name}"

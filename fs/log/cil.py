@@ -229,10 +229,10 @@ class Cil:
         if self._cancels:
             for handle in bufs_touched[1 : 1 + bufs_touched[0]].tolist():
                 self._uncancel(handle)
-        n, growth, taken = insert_touched(self._context, bufs_touched, inodes_touched)
+        n, growth, taken, spare = insert_touched(self._context, bufs_touched, inodes_touched)
         self._taken += taken
         assert n >= 0, "no log vector in stock, or a block of no kind that is logged"
-        if taken:
+        if spare:
             self._free_spare(self._context.rows[:n])
         self._pay(growth, ticket)
 

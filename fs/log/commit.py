@@ -299,8 +299,8 @@ def _from_stock(c, rows, i):
 def insert_touched(c, bufs_touched, inodes_touched):
     """What the lists of `fs.cache.resident` name, which are empty then.
 
-    Returns (rows, bytes that the context grew by, vectors taken from stock); rows are MISSING if
-    there was none, or one could not be logged: a bug.
+    Returns (rows, bytes that the context grew by, vectors taken from stock, rows that have spare
+    memory now); rows are MISSING if there was none, or one could not be logged: a bug.
     """
     rows, n, taken = c.rows, np.int64(0), np.int64(0)
     for i in range(1, bufs_touched[0] + 1):
@@ -314,6 +314,12 @@ def insert_touched(c, bufs_touched, inodes_touched):
     for i in range(n):
         if rows[i, R_LACKS]:
             if not _from_stock(c, rows, i):
-                return np.int64(MISSING), growth, taken
+                return np.int64(MISSING), growth, taken, np.int64(0)
             taken += 1
-    return (n if _insert(c, rows, n) == n else np.int64(MISSING)), growth, taken
+    if _insert(c, rows, n) != n:
+        return np.int64(MISSING), growth, taken, np.int64(0)
+    spare = np.int64(0)
+    for i in range(n):
+        if rows[i, R_ITEM] != 0 or rows[i, R_VECTOR] != 0:
+            spare += 1
+    return n, growth, taken, spare

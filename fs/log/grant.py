@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import outcome
@@ -191,6 +192,7 @@ class Grant:
         self.ring = ring
         self.size = ring - L.BB_SIZE
         self.unit = unit
+        self._unit_of = lru_cache(maxsize=64)(unit)  # of what transactions ask for, few numbers
         self.head, self.tail = head, tail
         self.occupied = lsn_distance(tail, head, ring)
         self.reserve_head = 0
@@ -210,7 +212,7 @@ class Grant:
 
         Waits for its turn and for space. Raises ShutDown. It must fit an empty log.
         """
-        ticket = Ticket(self, name, self.unit(payload), count)
+        ticket = Ticket(self, name, self._unit_of(payload), count)
         nbytes = ticket.unit * count
         assert nbytes <= self.size, f"{name} can never fit the log"
         if lockdep.current is not None:
@@ -230,7 +232,7 @@ class Grant:
         """The same for whoever may not wait; None if it would have to. Raises ShutDown."""
         self.xs_try_logspace += 1
         self._check_alive()
-        ticket = Ticket(self, name, self.unit(payload), count)
+        ticket = Ticket(self, name, self._unit_of(payload), count)
         if self._newcomers or ticket.unit * count > self.free:
             return None
         self._give(ticket)
