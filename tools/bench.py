@@ -29,6 +29,7 @@ from tools.targets import (
     TargetError,
     is_root,
     kernel_xfs,
+    kernel_xfs_direct,
     make_image,
     ours,
     scratch_dir,
@@ -50,6 +51,9 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 OURS, QUEUED = "nofailfs", "nofailfs, io_uring"
 
+APPEND = "append 4 KiB, fsync"
+FSYNC_SHARE = 10  # a tenth of the files is made and made stable one by one
+
 # (measure, against: a target or one of our own measures, at least this ratio)
 GOALS = (
     ("randread-4k", "passthrough_ll", 2.5),
@@ -63,6 +67,7 @@ GOALS = (
     ("stat, cold", "passthroughfs", 3.0),
     ("create and close", "passthroughfs", 1.5),
     ("unlink", "passthroughfs", 1.5),
+    (APPEND, "kernel XFS", 0.3),
 )
 
 
@@ -77,6 +82,7 @@ class Plan:
     cache: str
     lanes: int | None = None
     peer: tuple[str, ...] = ()
+    only_names: bool = False  # no fio, and beside those only whose names and fsyncs compare
 
 
 @dataclass
@@ -125,6 +131,31 @@ def metadata(bench: Bench, target: Target) -> None:
     directory.rmdir()
 
 
+def stable(bench: Bench, target: Target) -> None:
+    """One file that grows by 4 KiB and is made stable each time, and files of that size."""
+    directory = target.path / "bench-stable"
+    directory.mkdir()
+    count, block = max(1, bench.plan.files // FSYNC_SHARE), bytes(4096)
+
+    def make(number: int) -> None:
+        fd = os.open(directory / f"{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        os.write(fd, block)
+        os.fsync(fd)
+        os.close(fd)
+
+    def append(_: int) -> None:
+        os.write(fd, block)
+        os.fsync(fd)
+
+    fd = os.open(directory / "grows", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    bench.add(APPEND, "fsyncs/s", target, _rate(count, append))
+    os.close(fd)
+    bench.add("create, 4 KiB, fsync", "files/s", target, _rate(count, make))
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+
+
 def data(bench: Bench, target: Target) -> None:
     """The 4 KiB and 1 MiB fio jobs."""
     for measure, (job, clients) in FIO_JOBS.items():
@@ -156,11 +187,23 @@ def _queued(plan: Plan, scratch: Path) -> Iterator[Target]:
         yield replace(target, name=QUEUED)
 
 
+def _comparable(scratch: Path) -> list[tuple[str, AbstractContextManager[Target]]]:
+    """Whose names and fsyncs compare with ours: the same format, and the same way to it."""
+    direct = kernel_xfs_direct(scratch / "direct.img", scratch / "direct")
+    return [
+        ("kernel XFS", kernel_xfs(scratch / "kernel.img", scratch / "kernel")),
+        ("kernel XFS, direct I/O", direct),
+        ("passthroughfs", peers.passthroughfs(scratch)),
+    ]
+
+
 def _mounts(plan: Plan, scratch: Path) -> list[tuple[str, AbstractContextManager[Target]]]:
     """What stands in a round, ours first."""
     options = "" if plan.lanes is None else f"lanes={plan.lanes}"
     mount = ours(scratch / "ours.img", scratch / "ours", plan.memory, plan.cache, options)
     places: list[tuple[str, AbstractContextManager[Target]]] = [(OURS, mount)]
+    if plan.only_names:
+        return places + (_comparable(scratch) if is_root() else [])
     if plan.lanes != 0:
         places.append((QUEUED, _queued(plan, scratch)))
     places.append(("tmpfs", tmpfs(scratch / "tmpfs")))
@@ -194,8 +237,10 @@ def one_round(bench: Bench, scratch: Path, bar: Progress) -> None:
         for target in targets:
             bar.say(f"metadata on {target.name}")
             metadata(bench, target)
-            bar.say(f"fio on {target.name}")
-            data(bench, target)
+            stable(bench, target)
+            if not bench.plan.only_names:
+                bar.say(f"fio on {target.name}")
+                data(bench, target)
             bar.advance()
 
 
@@ -203,9 +248,8 @@ def bench(plan: Plan) -> Bench:
     """All rounds; the first mount only compiles."""
     result = Bench(plan)
     with scratch_dir(4 * IMAGE_SIZE) as scratch:
-        make_image(scratch / "ours.img", IMAGE_SIZE)
-        make_image(scratch / "queued.img", IMAGE_SIZE)
-        make_image(scratch / "kernel.img", IMAGE_SIZE)
+        for name in ("ours", "queued", "kernel", "direct"):
+            make_image(scratch / f"{name}.img", IMAGE_SIZE)
         with Progress("bench", plan.rounds * len(_mounts(plan, scratch))) as bar:
             bar.say("compiling kernels")
             with ours(scratch / "ours.img", scratch / "ours", plan.memory, plan.cache):
@@ -247,6 +291,8 @@ def goals(bench: Bench) -> list[str]:
     lines = []
     for target in (OURS, QUEUED):
         for measure, against, wanted in GOALS if target in bench.notes else ():
+            if bench.plan.only_names and measure not in bench.units:
+                continue
             mine, other = bench.median(measure, target), bench.median(measure, against)
             if against in bench.units:
                 other = bench.median(against, target)

@@ -115,6 +115,9 @@ def bench(
     allocator: Annotated[
         bool, typer.Option("--allocator", help="Only the allocator beside malloc; no mount.")
     ] = False,
+    names: Annotated[
+        bool, typer.Option("--names", help="Only names and fsync, beside XFS and passthroughfs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure mount time, fio and metadata rates beside tmpfs, the kernel's XFS and FUSE peers.
@@ -124,8 +127,11 @@ def bench(
     from tools import bench as benchmark
     from tools import benchalloc
 
-    plan = benchmark.Plan(rounds, files, runtime, memory, cache, lanes, tuple(peer or ()))
+    plan = benchmark.Plan(rounds, files, runtime, memory, cache, lanes, tuple(peer or ()), names)
     table = None if allocator else benchmark.bench(plan)
+    if names and table and not as_json:
+        benchmark.show(table)
+        return
     figures = benchalloc.bench(rounds)
     if as_json:
         mounts = benchmark.as_json(table) if table else {}

@@ -273,6 +273,17 @@ def kernel_xfs(image: Path, where: Path, options: str = "loop") -> Iterator[Targ
 
 
 @contextmanager
+def kernel_xfs_direct(image: Path, where: Path) -> Iterator[Target]:
+    """The same without the page cache of the file system that the image lies on."""
+    device = run("losetup", "--find", "--show", "--direct-io=on", image).strip()
+    try:
+        with kernel_xfs(Path(device), where, "defaults"):
+            yield Target("kernel XFS, direct I/O", where, "loop device with direct I/O")
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextmanager
 def tmpfs(where: Path) -> Iterator[Target]:
     """A tmpfs at `where`; without root, a directory of the one that is mounted already."""
     if is_root():
