@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from fs.cache import buf
 from fs.log import ail
 from fs.log.cil import Cil
 from fs.log.log import Log
@@ -79,17 +78,6 @@ def no_flush(patch: pytest.MonkeyPatch, which: int) -> None:
 
 def no_flush_after_records(patch: pytest.MonkeyPatch) -> None:
     no_flush(patch, 2)
-
-
-def pinned_goes_home(patch: pytest.MonkeyPatch) -> None:
-    def free(held: ail.Held) -> ail.Held:
-        words = held.words.copy()
-        words[ail.STABLE] = ail.EVERYTHING
-        return held._replace(words=words)
-
-    collect, goes = buf._collect_dirty, buf._goes
-    patch.setattr(buf, "_collect_dirty", lambda t, h, held, *a: collect(t, h, free(held), *a))
-    patch.setattr(buf, "_goes", lambda t, h, held, *a: goes(t, h, free(held), *a))
 
 
 def no_cancels(patch: pytest.MonkeyPatch) -> None:

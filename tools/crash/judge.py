@@ -12,7 +12,9 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -24,6 +26,7 @@ from tools import targets
 from tools.crash.disk import data_ranges
 from tools.crash.model import DIRECTORY, FILE, SYMLINK, Entry, Found, Tree
 
+LET_GO_S = 30.0
 KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK}
 # What xfs_repair says of any image.
 USUAL = (
@@ -90,10 +93,33 @@ def _look(where: bytes, path: bytes, first: dict[int, bytes]) -> Found:
     return Found(entry, status.st_ino, status.st_size, times, data)
 
 
+@contextmanager
+def mounted(image: Path, where: Path, options: str) -> Iterator[Path]:
+    """The kernel's XFS on an image, which nobody touches any more when this is left.
+
+    A mount that was busy is taken away lazily, and might still write into the next image.
+    """
+    with targets.kernel_xfs(image, where, f"loop,nouuid,{options}") as target:
+        yield target.path
+    deadline = time.monotonic() + LET_GO_S
+    while any(_backing(loop) == str(image) for loop in Path("/sys/block").glob("loop*")):
+        if time.monotonic() > deadline:
+            raise targets.TargetError(f"{image} is still in use by a loop device")
+        time.sleep(0.01)
+
+
+def _backing(loop: Path) -> str:
+    """The file behind a loop device, nothing if it is not in use."""
+    try:
+        return (loop / "loop/backing_file").read_text().strip()
+    except OSError:
+        return ""
+
+
 def by_kernel(image: Path, where: Path) -> Tree:
     """The kernel recovers an image; what is there then. Raises TargetError."""
-    with targets.kernel_xfs(image, where, "loop,nouuid,noatime") as target:
-        return survey(target.path)
+    with mounted(image, where, "noatime") as root:
+        return survey(root)
 
 
 def by_us(image: Path, where: Path, log: logging.Logger) -> Tree:
@@ -109,8 +135,8 @@ def by_us(image: Path, where: Path, log: logging.Logger) -> Tree:
             device.close()
 
     trio.run(recover)
-    with targets.kernel_xfs(image, where, "loop,nouuid,ro,norecovery") as target:
-        return survey(target.path)
+    with mounted(image, where, "ro,norecovery") as root:
+        return survey(root)
 
 
 def faults(image: Path, *, thorough: bool) -> list[str]:
