@@ -170,18 +170,17 @@ def freeze(
     """Have writers wait, and write everything: a copy of the image is whole until `thaw`."""
     from fs import fsfreeze
 
-    fsfreeze.set_frozen(mountpoint, procdir, frozen=True)
+    fsfreeze.freeze(mountpoint, procdir)
 
 
 @app.command()
 def thaw(
     mountpoint: Annotated[str, typer.Argument(metavar="DIR", help="Where it is mounted.")],
-    procdir: ReportsName = ".nofail",
 ) -> None:
     """Let writers go on after `freeze`."""
     from fs import fsfreeze
 
-    fsfreeze.set_frozen(mountpoint, procdir, frozen=False)
+    fsfreeze.thaw(mountpoint)
 
 
 @app.command()

@@ -25,7 +25,7 @@ import trio
 
 from alloc import lockdep, policy
 from alloc.pressure import serves_requests
-from fs import daemon, mounts, runfile, stacks, stat, tuning, warmup
+from fs import daemon, fsfreeze, mounts, runfile, stacks, stat, tuning, warmup
 from fs.device.base import Device
 from fs.errors import UserError
 from fs.front import options as grammar
@@ -244,16 +244,23 @@ class Session:
     # -- the end --------------------------------------------------------------------------------
 
     async def _hear_signals(self) -> None:
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, fsfreeze.THAW)
         heard = 0
         with trio.open_signal_receiver(*wanted) as signals:
             async for number in signals:
+                if number == fsfreeze.THAW:
+                    self._thaw()
+                    continue
                 heard += 1
                 name = signal.Signals(number).name
                 if heard > 1:
                     self._abort(name)
                 self._log.info("%s: unmounting; a second signal gives up at once", name)
                 self._nursery.start_soon(self._unmount)
+
+    def _thaw(self) -> None:
+        if self._vol is not None:
+            self._vol.freezer.thaw()
 
     def _abort(self, name: str) -> None:
         """Give up: the image stays as a crash would leave it."""
@@ -273,6 +280,7 @@ class Session:
     async def _unmount(self) -> None:
         """Unmount, in order if nobody uses the mount; otherwise its users are cut off."""
         self._stopping.set()
+        self._thaw()
         mountpoint = self.options.mountpoint
         if self._is_ours():
             with trio.move_on_after(UNMOUNT_SECONDS) as waiting:
