@@ -116,9 +116,9 @@ def metered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meter]:
     log, log_inode, invalidate = Transaction.log, Transaction.log_inode, Transaction.invalidate
     finish = Transaction._finish
 
-    def note(tp: Transaction, buf: Buf, first: int = 0, last: int = -1) -> None:
+    def note(tp: Transaction, buf: Buf) -> None:
         meter.add(tp, buf.daddr, buf.size + 128)
-        log(tp, buf, first, last)
+        log(tp, buf)
 
     def note_inode(tp: Transaction, ip: Inode) -> None:
         meter.add(tp, ("inode", ip.handle), Worst(tp.vol.geo).inodes(1))

@@ -14,7 +14,6 @@ import pytest
 from fs.log import ail
 from fs.log.cil import Cil
 from fs.log.log import Log
-from fs.xfs import refcount
 from tests import support
 from tests.conftest import AllowLogs
 from tools.crash import campaign
@@ -108,14 +107,6 @@ def fsync_without_log(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Log, "force_inode", force_inode)
 
 
-def copies_are_not_staged(patch: pytest.MonkeyPatch) -> None:
-    async def nothing(tp: Any, fsbno: int, n: int) -> None:
-        return
-
-    patch.setattr(refcount, "stage", nothing)
-    patch.setattr(refcount, "unstage", nothing)
-
-
 Mutation = Callable[[pytest.MonkeyPatch], None]
 MUTATIONS: list[tuple[Mutation, str]] = [
     (no_flush_after_records, "default"),
@@ -123,7 +114,6 @@ MUTATIONS: list[tuple[Mutation, str]] = [
     (early_tail, "default"),
     (freed_is_written_at_once, "default"),
     (fsync_without_log, "default"),
-    (copies_are_not_staged, "1k blocks"),
 ]
 
 
