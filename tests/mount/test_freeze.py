@@ -176,12 +176,13 @@ def test_a_device_that_fails_under_a_mount(fault: str, scratch: Path) -> None:
     fd = os.open(where / "early", os.O_RDWR)
     os.fsync(fd)
     (where / f".nofail/sys/device/fail_{fault}_ppm").write_text("1000000")
-    (where / "late").touch()
+    late = os.open(where / "late", os.O_CREAT | os.O_WRONLY)
     with pytest.raises(OSError) as caught:
-        os.fsync(fd)
+        os.fsync(late)
     assert caught.value.errno == errno.EIO
     with pytest.raises(OSError):
-        (where / "more").touch()
+        os.listdir(where)
+    os.close(late)
     os.close(fd)
     assert support.nofailfs("umount", where).returncode == 2
     assert "Log I/O Error (0x2) detected" in image.with_suffix(".log").read_text()
