@@ -66,7 +66,7 @@ class Layout:
     rt_extents: int
     label: str
     uuid: str
-    clean: bool
+    clean: bool  # by the marks of the superblock; the log is not looked at
 
 
 def read_superblock(path: str) -> Any:
