@@ -51,6 +51,8 @@ CATCH_ALLS = {
     "fs/front/opcodes.py:answer": "the gate",
     "fs/front/opnames.py:serve_now": "the gate",
     "fs/volume.py:Volume._in_background": "a task in the background begins again",
+    "tools/crash/campaign.py:_one_load": "what a load or a recovery died of is the finding",
+    "tools/crash/campaign.py:examine": "what a load or a recovery died of is the finding",
 }
 # Block allocators share the verb; they may well say ENOSPC.
 BLOCK_ALLOCATORS = frozenset({"freespace", "bmap", "inobt", "shape", "SHAPE"})

@@ -339,7 +339,7 @@ def test_symlink_targets(scratch: Path, arguments: tuple[str, ...]) -> None:
     async def work(vol: Volume) -> None:
         for n in lengths:
             ip = await vol.inodes.get(inos[n])
-            async with vol.transaction("symlink", symlink.blocks(vol.geo, n) + 8) as tp:
+            async with vol.transaction("create", symlink.blocks(vol.geo, n) + 8) as tp:
                 await tp.lock_inodes(ip)
                 await symlink.write(tp, ip, targets[n])
             async with vol.reader(ip) as tp:
@@ -357,7 +357,7 @@ def test_symlink_targets(scratch: Path, arguments: tuple[str, ...]) -> None:
             ip = await vol.inodes.get(inos[n])
             await symlink.inactivate(vol, ip)
             assert ip.nblocks == 0
-            async with vol.transaction("symlink", 8) as tp:
+            async with vol.transaction("create", 8) as tp:
                 await tp.lock_inodes(ip)
                 await symlink.write(tp, ip, b"x")
             vol.inodes.put(ip)

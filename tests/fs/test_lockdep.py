@@ -137,7 +137,8 @@ async def test_who_transfers_holds_what_others_would_wait_for(dep: Lockdep, imag
         assert device.held["write"] == {"writeback"}
         vol.wake_metadata()
         await done.wait()
-        assert device.held["write"] == {"writeback", "fs_reclaim, metadata, buf writer"}
+        log = ""  # its task holds nothing
+        assert device.held["write"] == {"writeback", log, "fs_reclaim, metadata, buf writer"}
         await truncate.drop_folios(vol, ip, 0)
         device.held["read"].clear()
         await file.read(vol, ip, 0, 9000)
@@ -178,8 +179,8 @@ async def test_a_transaction_without_its_scope_is_caught(
             await tp.lock_inodes(ip)
             vol.arena.put_folio(await vol.arena.alloc_folio(0))
         assert vol.arena.vmstat["alloc_waits"] == 0, "there was memory all the time"
-    (report,) = dep.reports
-    assert "ilock, then fs_reclaim" in report
+    (report,) = (text for text in dep.reports if "ilock, then fs_reclaim" in text)
+    assert len(dep.reports) == 2, "and one of the room in the log"
     assert "test_a_transaction_without_its_scope_is_caught" in report
     assert "fs_reclaim, then ilock" in report
     assert ("flusher.py" in report) == cleaned
@@ -307,8 +308,9 @@ def test_the_option() -> None:
 
 async def test_a_transaction_is_no_holder_after_its_end(dep: Lockdep, image: Path) -> None:
     async with opened(image) as vol, a_file(vol) as ip:
-        async with Transaction(vol, "test", 0, write=True) as tp:
+        async with Transaction(vol, "setattr", 0, write=True) as tp:
             await tp.lock_inodes(ip)
             await tp.lock_space()
-            assert dep.held_by(trio.lowlevel.current_task()) == [f"ilock of {ip.ino}", "space"]
+            held = ["log space", f"ilock of {ip.ino}", "space"]
+            assert dep.held_by(trio.lowlevel.current_task()) == held
         assert dep.held_by(trio.lowlevel.current_task()) == []

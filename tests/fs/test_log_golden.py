@@ -379,8 +379,9 @@ async def same_intents(image: Path) -> set[int]:
         kind, number = struct.unpack_from("<H6xQ", item[0])
         pending, intent = Pending(region.geo), intents.INTENT_OF.get(kind, kind)
         if kind in intents.ACTIONS:
-            pending.take(kind, item)
-            work = begun[kind, number] = pending.left()
+            pending.take(kind, item, 0)
+            (work,) = (one.extents for one in pending.left())
+            begun[kind, number] = work
             assert intents.begin(kind, number, work) == item
             seen.add(kind)
         elif (intent, number) in begun:

@@ -97,8 +97,8 @@ async def _run(path: Path, seed: int, operations: int, short: bool, mp: pytest.M
     device = ImageFile(str(path))
     async with Volume.open(device, 64 << 20, paranoid=True) as vol:
         if not short:
-            mp.setattr(vol, "admits", lambda blocks=0: False)
-            mp.setattr(residentino, "flush", lambda core, most: _first_dirty(vol))
+            mp.setattr(vol, "admits", lambda name, blocks=0: None)
+            mp.setattr(residentino, "flush", lambda core, looks, most: _first_dirty(vol))
         root = await vol.inodes.get(vol.geo.root_ino)
         dirs = [await namespace.mkdir(vol, root, b"d%d" % i, 0o755, 0, 0) for i in range(3)]
         dirs[1].flags, dirs[1].projid = L.DIFLAG_PROJINHERIT | L.DIFLAG_NOATIME, 42

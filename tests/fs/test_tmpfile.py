@@ -231,6 +231,7 @@ async def test_the_image_knows_it_before_a_crash(scratch: Path) -> None:
         ip = await make(vol, root)
         await file.write(vol, ip, 0, b"x" * 10_000)
         await file.fsync(vol, ip)
+        await vol.flush_metadata()
         shutil.copyfile(image, copy)
         agno, agino = vol.geo.ino_agno(ip.ino), vol.geo.ino_agino(ip.ino)
         ino = ip.ino
