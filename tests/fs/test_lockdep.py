@@ -180,7 +180,7 @@ async def test_a_transaction_without_its_scope_is_caught(
             vol.arena.put_folio(await vol.arena.alloc_folio(0))
         assert vol.arena.vmstat["alloc_waits"] == 0, "there was memory all the time"
     (report,) = (text for text in dep.reports if "ilock, then fs_reclaim" in text)
-    assert len(dep.reports) == 2, "and one of the room in the log"
+    assert any("log space, then fs_reclaim" in text for text in dep.reports)
     assert "test_a_transaction_without_its_scope_is_caught" in report
     assert "fs_reclaim, then ilock" in report
     assert ("flusher.py" in report) == cleaned
