@@ -67,7 +67,7 @@ async def _batch(vol: Volume, agno: int, low: int, high: int, least: int) -> tup
         if not found:
             return low, 0
         vol.check_writable()
-        await vol.xlog.force()
+        await vol.flush_metadata()
         for start, n in found:
             vol.check_writable()
             offset = vol.geo.fsb_to_bytes(vol.geo.fsb(agno, start))

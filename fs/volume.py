@@ -127,6 +127,7 @@ class Volume:
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
+        self._covering = Mutex("cover")  # held by who covers the log, whom the end of a mount awaits
         self.inodegc = InodeGc(self)
         self.eofblocks = EofBlocks(self)
         self.freezer = Freezer(self)
@@ -271,6 +272,8 @@ class Volume:
         """Write everything and mark the image clean; after a shutdown write nothing."""
         self._closing = True
         self.freezer.thaw()
+        async with self._covering:
+            pass
         await self.ahead.drain()
         self.space.close_stash()
         if self.read_only:
@@ -300,7 +303,8 @@ class Volume:
 
     async def _write_metadata(self) -> None:
         """The last of it: metadata, exact counters, and the record that all is at home."""
-        await self._log_counters()
+        if not await self._are_counters_exact():
+            await self._log_counters()
         await self.flush_metadata()
         await self.xlog.unmount()
         await self.dev.flush()
@@ -322,8 +326,10 @@ class Volume:
             stable = self.bufs.ail.stable
             idle = stable == before and not self.running and not self.xlog.cil.count
             before = stable
-            if stable > covered and idle and not self.freezer.level and not self.shut_down:
-                await self.cover_log()
+            if stable > covered and idle and not self.arena.below_min:
+                async with self._covering:
+                    if not (self.freezer.level or self._closing or self.shut_down):
+                        await self.cover_log()
                 covered = before = self.bufs.ail.stable
 
     async def _log_counters(self) -> None:
@@ -336,6 +342,13 @@ class Volume:
             sb["fdblocks"] = self.space.free
             assert self.space.free == self.ags.free, "free-block accounting went wrong"
             tp.log(buf)
+
+    async def _are_counters_exact(self) -> bool:
+        """Does the superblock say already what it is to say?"""
+        async with self.reader() as tp:
+            sb = (await ag.read_sb(tp)).rec(L.SB)
+            told = int(sb["icount"]), int(sb["ifree"]), int(sb["fdblocks"])
+            return told == (*await self._count_inodes(tp), self.space.free)
 
     async def _count_inodes(self, tp: Transaction) -> tuple[int, int]:
         """Allocated and free inodes, from the AGI headers."""

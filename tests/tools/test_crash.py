@@ -80,13 +80,13 @@ def no_flush_after_records(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_cancels(patch: pytest.MonkeyPatch) -> None:
-    real = Cil._needs
+    real = Cil._rows
 
-    def needs(self: Cil, changes: Any) -> Any:
+    def rows(self: Cil, changes: Any) -> Any:
         changes.cancels.clear()
         return real(self, changes)
 
-    patch.setattr(Cil, "_needs", needs)
+    patch.setattr(Cil, "_rows", rows)
 
 
 def early_tail(patch: pytest.MonkeyPatch) -> None:
