@@ -127,7 +127,7 @@ class Volume:
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
-        self._covering = Mutex("cover")  # held by who covers the log, whom the end of a mount awaits
+        self._covering = Mutex("cover")  # the end of a mount waits for it
         self.inodegc = InodeGc(self)
         self.eofblocks = EofBlocks(self)
         self.freezer = Freezer(self)

@@ -500,6 +500,7 @@ def unpack_core(mem, addr, table, i):
     to.aformat = np.int64(mem[addr + AFORMAT])
     to.rdev = get32(mem, addr + LITERAL) if form == FMT_DEV else np.int64(0)
     to.changecount = get64(mem, addr + CHANGECOUNT)
+    to.lsn = np.int64(get64(mem, addr + LSN))
     bigtime = (flags2 & np.uint64(FLAGS2_BIGTIME)) != np.uint64(0)
     to.atime = _stamp_in(mem, addr + ATIME, bigtime)
     to.mtime = _stamp_in(mem, addr + MTIME, bigtime)

@@ -24,7 +24,7 @@ from fs.cache import buf as bufs
 from fs.cache.buf import Buf, BufCache
 from fs.cache.incore import INODE, S_DIRTY, S_VALID
 from fs.cache.inode import Inode
-from fs.log.changes import ORDERED, Changes
+from fs.log.changes import BUFFER, ORDERED, Changes
 from fs.log.cil import Cil
 from fs.volume import Volume
 from fs.xfs import layout as L
@@ -65,7 +65,18 @@ class Coverage:
             for handle in changes.inodes:
                 self._note_inode(vol, handle)
 
+        at_once = Cil.commit_now
+
+        def commit_now(cil: Cil, some_bufs: Any, some_inodes: Any, ticket: Any) -> None:
+            handles = [row[1 : 1 + row[0]].tolist() for row in (some_bufs, some_inodes)]
+            at_once(cil, some_bufs, some_inodes, ticket)
+            for handle in handles[0]:
+                self._note_buf(cil._vol.bufs, handle, BUFFER)
+            for handle in handles[1]:
+                self._note_inode(cil._vol, handle)
+
         self._patch.setattr(Cil, "_insert", insert)
+        self._patch.setattr(Cil, "commit_now", commit_now)
 
     def _follow_inodes(self) -> None:
         original = Volume._read_inode

@@ -47,6 +47,7 @@ async def test_how_often_the_inode_of_a_file_is_written(
         vol.flusher.lazytime = lazy
         await file.write(vol, ip, 0, b"a" * 9000)
         await file.fsync(vol, ip)
+        await vol.flush_metadata()
         known = stamps(image, ip.ino)
         device.writes.clear()
         for _ in range(10):
@@ -56,6 +57,7 @@ async def test_how_often_the_inode_of_a_file_is_written(
         assert inode_writes(vol, device, ip.ino) == (0 if lazy else 10)
         assert (stamps(image, ip.ino) == known) == lazy, "what a crash leaves"
         await file.fsync(vol, ip)
+        await vol.flush_metadata()
         assert inode_writes(vol, device, ip.ino) == (1 if lazy else 10)
         assert stamps(image, ip.ino) != known
         assert vol.flusher.nr_listed == 0
@@ -74,6 +76,7 @@ async def test_what_has_stamps_written(
             ino = ip.ino
             await file.write(vol, ip, 0, b"a" * 9000)
             await file.fsync(vol, ip)
+            await vol.flush_metadata()
             known = stamps(image, ino)
             await file.write(vol, ip, 0, b"b" * 9000)
             await trio.sleep(LATER_S)
