@@ -127,6 +127,7 @@ class Volume:
         self._metadata_wake = trio.Event()
         self._metadata_done = trio.Event()
         self._inode_flush = Mutex("inode flush")
+        self._replayed = False  # the log, when the volume was opened
         self._covering = Mutex("cover")  # the end of a mount waits for it
         self.inodegc = InodeGc(self)
         self.eofblocks = EofBlocks(self)
@@ -227,6 +228,7 @@ class Volume:
         nursery.start_soon(self._in_background, self.ahead.run)
         nursery.start_soon(self._in_background, self.inodegc.run)
         if left is not None:
+            self._replayed = True
             await self._finish_recovery(left)
 
     async def _finish_recovery(self, left: list[Intent]) -> None:
@@ -303,7 +305,7 @@ class Volume:
 
     async def _write_metadata(self) -> None:
         """The last of it: metadata, exact counters, and the record that all is at home."""
-        if not await self._are_counters_exact():
+        if self._replayed or self.xlog.is_used:  # else they are as they were
             await self._log_counters()
         await self.flush_metadata()
         await self.xlog.unmount()
@@ -342,13 +344,6 @@ class Volume:
             sb["fdblocks"] = self.space.free
             assert self.space.free == self.ags.free, "free-block accounting went wrong"
             tp.log(buf)
-
-    async def _are_counters_exact(self) -> bool:
-        """Does the superblock say already what it is to say?"""
-        async with self.reader() as tp:
-            sb = (await ag.read_sb(tp)).rec(L.SB)
-            told = int(sb["icount"]), int(sb["ifree"]), int(sb["fdblocks"])
-            return told == (*await self._count_inodes(tp), self.space.free)
 
     async def _count_inodes(self, tp: Transaction) -> tuple[int, int]:
         """Allocated and free inodes, from the AGI headers."""

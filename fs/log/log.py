@@ -82,6 +82,11 @@ class Log:
         """Take the memory of iclogs, and clear the way ahead. Raises OSError."""
         await self.stream.start()
 
+    @property
+    def is_used(self) -> bool:
+        """Has any transaction committed?"""
+        return self.cil.seq > 1 or self.cil.count > 0
+
     # -- transactions ---------------------------------------------------------------------------
 
     async def reserve(self, name: str) -> Ticket:

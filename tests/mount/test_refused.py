@@ -87,7 +87,7 @@ def _kill_a_mount(image: Path, where: Path) -> None:
         with support.our_mount(image, where, memory="16M") as mount:
             for number in range(500):
                 (mount.path / f"file{number}").write_bytes(b"x" * number)
-            (mount.path / "deep").mkdir()
+            (mount.path / "deep").mkdir(exist_ok=True)
             with open(mount.path / "deep" / "kept", "wb") as file:
                 file.write(b"kept" * 1000)
                 file.flush()
