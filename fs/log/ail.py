@@ -135,10 +135,6 @@ class Ail:
         self.held.words[STABLE] = seq
         self.held.lsns[seq & (RING - 1)] = lsn
 
-    def lsn_of(self, seq: int) -> int:
-        """Where a checkpoint began that is still held."""
-        return int(self.held.lsns[seq & (RING - 1)])
-
     def hold(self, seq: int) -> None:
         """An object of checkpoint `seq` is not at home."""
         _hold(self.held, seq)

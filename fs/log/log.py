@@ -68,7 +68,7 @@ class Log:
         self._wanted = 0  # checkpoint that somebody waits for
         self._going = 0  # where the checkpoint begins that is being written, 0: none is
         self._moved = trio.Event()  # a checkpoint became stable, or none will any more
-        self.counts = {"checkpoints": 0, "forces": 0, "waits": 0, "bytes": 0}
+        self.counts = {"checkpoints": 0, "forces": 0, "bytes": 0}
 
     def _unit(self, payload: int) -> int:
         return reservation.unit_bytes(self._vol.geo, payload, self.stream.shape.size)
